@@ -1,0 +1,101 @@
+"""Surgery on a model in memory: the teacher's tensors go into a student of the same shape with swapped attention."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..modeling import LinearizeConfig, LinearizeForCausalLM
+from .anatomy import family_of
+from .plan import student_config
+from .starts import start_from_weights
+
+
+def convert(
+    model: PreTrainedModel | str | Path,
+    to: str = "based",
+    *,
+    keep_softmax: str | Sequence[int] | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
+    mixer_options: dict[str, Any] | None = None,
+    share_memory: bool = False,
+    seed: int = 0,
+) -> LinearizeForCausalLM:
+    """Swaps a model's softmax attention for `to`; the argument itself stays as it is.
+
+    Args:
+        model: a loaded transformers model, a Hub id or a folder.
+        to: a mixer, see `linearize.mixers()`.
+        keep_softmax: layers or heads left softmax: a list of layers, or the text of `--keep-softmax`.
+        window: keys of exact softmax beside the linear branch; 64 by default, 0 for none.
+        sinks: first tokens that stay visible; 1 by default with a window.
+        mixer_options: further options of the mixer, such as `feature_map`.
+        share_memory: let the student hold the teacher's own tensors. It halves the memory, and training the student
+            then changes the teacher.
+        seed: for the few starts that are random.
+
+    Returns:
+        The student, in the teacher's dtype and on its device, in eval mode.
+
+    Raises:
+        UserError, UsageError: the model cannot be converted, or an option is out of range; nothing was changed.
+    """
+    if not isinstance(model, PreTrainedModel):
+        from ..source import ModelSource, load_model
+
+        model, share_memory = load_model(ModelSource(model=str(model))), True
+    config = student_config(
+        model, to, keep_softmax=keep_softmax, window=window, sinks=sinks, mixer_options=mixer_options
+    )
+    with torch.device("meta"):
+        student = LinearizeForCausalLM(config)
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if not share_memory:
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    result = student.load_state_dict(tensors, strict=False, assign=True)
+    assert not result.unexpected_keys, result.unexpected_keys
+    strangers = [name for name in result.missing_keys if ".mixer." not in name]
+    assert not strangers, strangers
+    _fill_buffers(student, model)
+    _start_mixers(student, model, seed)
+    student.tie_weights()
+    for parameter in student.parameters():
+        parameter.requires_grad_(True)
+    student.generation_config = copy.deepcopy(model.generation_config)
+    return student.eval()
+
+
+def _fill_buffers(student: LinearizeForCausalLM, teacher: PreTrainedModel) -> None:
+    """Buffers that checkpoints do not hold (rotary frequencies) come from the teacher's modules."""
+    source = dict(teacher.named_buffers())
+    for name, buffer in list(student.named_buffers()):
+        if buffer.is_meta:
+            owner, _, attribute = name.rpartition(".")
+            student.get_submodule(owner).register_buffer(attribute, source[name].detach().clone(), persistent=False)
+
+
+def _start_mixers(student: LinearizeForCausalLM, teacher: PreTrainedModel, seed: int) -> None:
+    family = family_of(teacher.config)
+    frequencies = next((b for n, b in student.named_buffers() if n.endswith("inv_freq") and "original" not in n), None)
+    for index, attention in student.mixer_layers():
+        device = attention.q_proj.weight.device
+        attention.mixer.to_empty(device=device).float()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed + index)
+            for module in attention.mixer.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+        layer = teacher.get_submodule(f"{family.layers}.{index}")
+        norm = layer.get_submodule(family.input_norm)
+        start_from_weights(attention, norm.weight, frequencies if attention.anatomy.rotary_dim else None)
+
+
+def is_converted(config: Any) -> bool:
+    """Whether a config is a converted model's."""
+    return isinstance(config, LinearizeConfig)

@@ -1,0 +1,13 @@
+"""What a person can cause, said in one message: the command line prints it and leaves with `exit_code`."""
+
+
+class UserError(ValueError):
+    """Something outside the program is not as it must be: a path, a file, a data set, a model. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """The call itself is wrong: an unknown mixer, a flag's value out of range. Exit code 2."""
+
+    exit_code = 2

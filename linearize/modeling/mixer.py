@@ -1,0 +1,417 @@
+"""The base of every mixer: a linear branch, an optional softmax window with sinks, and how the two join.
+
+A mixer takes heads that are already projected and rotated, so it is an ordinary module for a model of one's own:
+
+    mixer = Based(num_heads=9, num_kv_heads=3, head_dim=64, window=64, sinks=1)
+    o = mixer(q, k, v)          # q [B, T, 9, 64], k and v [B, T, 3, 64], o like q
+
+With a window W the linear branch sees the keys at distance W or more, sinks left out: they are exact already.
+Shapes as in reference.py; all parameters are new ones, nothing of the teacher's lives here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from .cache import MixerCacheLayer
+from .layout import Layout
+from .reference import LinearState, document_positions, linear_attention, widen, window_attention
+
+MIXERS: dict[str, type[Mixer]] = {}
+
+
+def register(name: str):
+    """Class decorator: makes a mixer known as `--to NAME`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def add(cls: type[Mixer]) -> type[Mixer]:
+        if name in MIXERS and MIXERS[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f"two mixers are named {name!r}: {MIXERS[name].__qualname__} and {cls.__qualname__}")
+        cls.name = name
+        MIXERS[name] = cls
+        return cls
+
+    return add
+
+
+class Gates(NamedTuple):
+    """What a mixer computes from a token alone, before the window delays it: `log_decay` [B, T, G] or [B, T, G, K] at
+    most 0, and `value_scale` [B, T, G]. None where it has none."""
+
+    log_decay: Tensor | None = None
+    value_scale: Tensor | None = None
+
+
+class Mixer(nn.Module):
+    """Base of the mixers.
+
+    Args:
+        num_heads, num_kv_heads, head_dim: H, G and D; query head h reads key head h // (H / G).
+        hidden_size: width of the layer's input, for gates computed from it; None where there are none.
+        scale: multiplies q . k, as in the teacher; D^-1/2 by default.
+        window: keys of exact softmax, the token's own among them; 0 for none.
+        sinks: first tokens of a document that stay visible to the softmax.
+        state_heads: "key" keeps a state a key head, "query" one a query head (R times the state, for quality).
+
+    Raises:
+        ValueError: an option is out of range; names its flag.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    needs_hidden: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        hidden_size: int | None = None,
+        scale: float | None = None,
+        window: int = 0,
+        sinks: int = 0,
+        state_heads: str = "key",
+    ) -> None:
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads {num_heads} is no multiple of num_kv_heads {num_kv_heads}")
+        if window < 0:
+            raise ValueError(f"--window must be at least 0, got {window}")
+        if sinks < 0 or (sinks and not window):
+            raise ValueError(f"--sinks must be at least 0, and 0 without a --window, got {sinks}")
+        if state_heads not in ("key", "query"):
+            raise ValueError(f"--state-heads is 'key' or 'query', got {state_heads!r}")
+        if self.needs_hidden and hidden_size is None:
+            raise ValueError(f"{type(self).__name__} computes gates from the layer's input: pass hidden_size")
+        self.num_heads, self.head_dim, self.hidden_size = num_heads, head_dim, hidden_size
+        self.num_kv_heads = num_kv_heads
+        self.state_heads = state_heads
+        self.num_states = num_heads if state_heads == "query" else num_kv_heads
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.window, self.sinks = window, sinks
+        self.linear_branch = True
+
+    # What a mixer is made of ------------------------------------------------------------------------------------
+
+    def state_shape(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the fp32 state of one sequence."""
+        raise NotImplementedError
+
+    def gates(self, k: Tensor, x: Tensor | None) -> Gates:
+        """Gates of the new tokens from their keys [B, T, G, D] and the layer's input x [B, T, hidden]."""
+        return Gates()
+
+    def linear(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        key_weight: Tensor | None,
+        **state: Any,
+    ) -> tuple[Tensor, Tensor | None, LinearState | None]:
+        """The linear branch on keys that are its own to see; `key_weight` [B, T, G] is 0 at those that are not."""
+        raise NotImplementedError
+
+    def join(self, q: Tensor, out: Tensor | None, z: Tensor | None, near: Tensor | None, lse: Tensor | None) -> Tensor:
+        """One output from the linear branch (`out`, normaliser `z`) and the window's (`near`, `lse`); either may be
+        None."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Starts that need neither data nor the teacher's weights."""
+
+    # How it runs ------------------------------------------------------------------------------------------------
+
+    def state_bytes(self, element_size: int = 2) -> int:
+        """Bytes of one sequence's constant state: fp32 states, and the window's keys in the model's dtype."""
+        size = sum(4 * torch.Size(shape).numel() for shape in self.state_shape().values())
+        return size + (self.window + self.sinks) * self.num_states * 2 * self.head_dim * element_size
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor | None = None,
+        *,
+        layout: Layout | None = None,
+        cache: MixerCacheLayer | None = None,
+    ) -> Tensor:
+        """Mixes the tokens.
+
+        Args:
+            q, k, v: [B, T, H, D], [B, T, G, D], [B, T, G, D], rotated.
+            x: [B, T, hidden], the layer's input, where `needs_hidden`.
+            layout: pads and documents; None means one document a row without pads.
+            cache: the layer's carried state, read and written.
+
+        Returns:
+            [B, T, H, D] in q's dtype.
+
+        Raises:
+            ValueError: packed documents together with a cache.
+        """
+        layout = layout or Layout()
+        if self.state_heads == "query" and self.num_states != k.shape[2]:
+            repeat = self.num_states // k.shape[2]
+            k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
+        packed = layout.cu_seqlens is not None
+        shape = q.shape
+        if packed:
+            if cache is not None:
+                raise ValueError("packed documents (restarting position_ids) cannot be carried in a cache")
+            q, k, v = (tensor.flatten(0, 1).unsqueeze(0) for tensor in (q, k, v))
+            x = None if x is None else x.flatten(0, 1).unsqueeze(0)
+        gates = self.gates(k, x)
+        if self.window:
+            out = self._windowed(q, k, v, gates, layout, cache)
+        else:
+            weight = None if layout.real is None else layout.real.unsqueeze(-1).to(torch.float32)
+            out = self.join(q, *self._linear(q, k, v, gates, weight, layout, cache), None, None)
+        return out.reshape(shape).to(v.dtype)
+
+    def _linear(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates,
+        weight: Tensor | None,
+        layout: Layout,
+        cache: MixerCacheLayer | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        log_decay = gates.log_decay
+        if gates.value_scale is not None:
+            v = v * gates.value_scale.to(v.dtype).unsqueeze(-1)
+        if weight is not None:
+            weight = weight.expand(-1, -1, k.shape[2])
+            if log_decay is not None:
+                log_decay = log_decay * (weight if log_decay.dim() == 3 else weight.unsqueeze(-1))
+        state: LinearState | None = None
+        if cache is not None and cache.get("kv") is not None:
+            kv, z_k = cache.tensors["kv"].to(q.device), cache.get("k")
+            state = LinearState(kv, None if z_k is None else z_k.to(q.device))
+        out, z, final = self.linear(
+            q,
+            k,
+            v,
+            log_decay,
+            weight,
+            initial_state=state,
+            output_final_state=cache is not None,
+            cu_seqlens=layout.cu_seqlens,
+        )
+        if cache is not None and final is not None:
+            cache.tensors["kv"] = final.kv
+            if final.k is not None:
+                cache.tensors["k"] = final.k
+        return out, z
+
+    def _windowed(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, layout: Layout, cache: MixerCacheLayer | None
+    ) -> Tensor:
+        batch, tokens, window = *q.shape[:2], self.window
+        device = q.device
+        # `start` is the place of each row's first new token in its document; pads come before place 0.
+        start: Tensor | None = None
+        if layout.cu_seqlens is not None:
+            place = document_positions(layout.cu_seqlens, tokens)[1].unsqueeze(0)
+        else:
+            start = torch.zeros(batch, dtype=torch.long, device=device)
+            if cache is not None and cache.get("length") is not None:
+                start = cache.tensors["length"].to(device)
+            pads = layout.pads()
+            if pads is not None:
+                start = start - pads
+            place = start.unsqueeze(1) + torch.arange(tokens, device=device)
+
+        keys, values, sink_k, sink_v = k, v, None, None
+        if cache is not None and start is not None:
+            old_k, old_v = cache.get("window_k"), cache.get("window_v")
+            if old_k is not None and old_v is not None:
+                keys = torch.cat([old_k.to(k), k], dim=1)
+                values = torch.cat([old_v.to(v), v], dim=1)
+            sink_k = self._carry_sinks(cache, "sink_k", k, start)
+            sink_v = self._carry_sinks(cache, "sink_v", v, start)
+            cache.tensors["length"] = (start + tokens).clamp(min=0)
+        near, lse = window_attention(
+            q,
+            keys,
+            values,
+            window=window,
+            sinks=self.sinks,
+            scale=self.scale,
+            position=start,
+            sink_k=sink_k,
+            sink_v=sink_v,
+            cu_seqlens=layout.cu_seqlens,
+        )
+
+        # Keys reach the linear branch when they leave the window: everything is delayed by W tokens.
+        past = keys.shape[1] - tokens
+
+        def delayed(new: Tensor | None, name: str) -> Tensor | None:
+            if new is None:
+                return None
+            whole = new
+            if cache is not None:
+                old = cache.get(name)
+                whole = new if old is None else torch.cat([old.to(new), new], dim=1)
+                cache.tensors[name] = whole[:, -window:]
+            missing = window - (whole.shape[1] - tokens)
+            if missing > 0:
+                whole = F.pad(whole, (0, 0) * (whole.dim() - 2) + (missing, 0))
+            return whole[:, :tokens]
+
+        assert 0 <= past <= window
+        late_k, late_v = delayed(k, "window_k"), delayed(v, "window_v")
+        late_gates = Gates(delayed(gates.log_decay, "window_decay"), delayed(gates.value_scale, "window_scale"))
+        assert late_k is not None and late_v is not None
+        if not self.linear_branch:
+            return self.join(q, None, None, near, lse)
+        weight = (place - window >= self.sinks).unsqueeze(-1).to(torch.float32)
+        out, z = self._linear(q, late_k, late_v, late_gates, weight, layout, cache)
+        return self.join(q, out, z, near, lse)
+
+    def _carry_sinks(self, cache: MixerCacheLayer, name: str, new: Tensor, start: Tensor) -> Tensor | None:
+        """The first keys of each document [B, S, G, D], filled in as they come."""
+        if not self.sinks:
+            return None
+        old = cache.get(name)
+        index = torch.arange(self.sinks, device=new.device) - start.unsqueeze(1)  # where sink s stands in `new`
+        found = (index >= 0) & (index < new.shape[1])
+        picked = new.gather(1, index.clamp(0, new.shape[1] - 1)[..., None, None].expand(-1, -1, *new.shape[2:]))
+        keep = torch.zeros_like(picked) if old is None else old.to(new)
+        cache.tensors[name] = torch.where(found[..., None, None], picked, keep)
+        return cache.tensors[name]
+
+
+class NormalizedMixer(Mixer):
+    """Mixers whose weights sum to one. With a window, near and far keys share one denominator:
+
+        o = (sum_near e^s v + e^g sum_far phi.phi v) / (sum_near e^s + e^g sum_far phi.phi),   g = c + w . q
+
+    The gain g is learned a head and starts at the constant `START_GAIN`: a feature map fits the shape of exp(s), not
+    its size, and the mass far from a query is to first order exponential in q. With w = 0 it is LoLCATs' window factor
+    (2410.10254). Likewise each key has a learned log-weight u . k, zero at the start: exp(s) weighs keys by how they
+    lie along the mean query, which bounded features cannot say.
+    """
+
+    START_GAIN: ClassVar[float] = 0.0
+
+    def __init__(self, *, gains: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.gain: nn.Parameter | None = None
+        self.gain_q: nn.Parameter | None = None
+        self.gain_k: nn.Parameter | None = None
+        if self.window:
+            self.gain = nn.Parameter(torch.empty(self.num_heads))
+            if gains:
+                self.gain_q = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
+        if gains:
+            self.gain_k = nn.Parameter(torch.empty(self.num_states, self.head_dim))
+
+    def reset_parameters(self) -> None:
+        if self.gain is not None:
+            init.constant_(self.gain, self.START_GAIN)
+        for gain in (self.gain_q, self.gain_k):
+            if gain is not None:
+                init.zeros_(gain)
+
+    def weigh_keys(self, k: Tensor, key_weight: Tensor | None) -> Tensor | None:
+        """Weight of each key [B, T, G]: the learned one where it may be seen, 0 elsewhere."""
+        if self.gain_k is None:
+            return key_weight
+        k = widen(k)
+        learned = (torch.einsum("btgd,gd->btg", k, self.gain_k.to(k.dtype)) * self.scale).clamp(-12, 12).exp()
+        return learned if key_weight is None else learned * key_weight
+
+    def join(self, q: Tensor, out: Tensor | None, z: Tensor | None, near: Tensor | None, lse: Tensor | None) -> Tensor:
+        if out is None or z is None:
+            assert near is not None
+            return near
+        tiny = 1e-20  # no far key yet, or a map that gave nothing: the far side weighs nothing
+        far = out / z.clamp(min=tiny).unsqueeze(-1)
+        if near is None or lse is None:
+            return far
+        assert self.gain is not None
+        gain = self.gain.to(z.dtype)
+        if self.gain_q is not None:
+            gain = gain + torch.einsum("bthd,hd->bth", q.to(z.dtype), self.gain_q.to(z.dtype)) * self.scale
+        share = torch.sigmoid(z.clamp(min=tiny).log() + gain - lse.clamp(min=-1e4))
+        share = share.masked_fill(z <= 0, 0).unsqueeze(-1)
+        return near + share * (far - near)
+
+
+class UnnormalizedMixer(Mixer):
+    """Mixers with a decaying state: o = a * window + b * norm(linear), a and b learned a head.
+
+    `norm` is an RMS norm over a head's channels with a learned weight, so that a state's size does not matter.
+    """
+
+    START_LINEAR: ClassVar[float] = 0.1
+    EPS: ClassVar[float] = 1e-6
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.norm_weight = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
+        self.linear_scale = nn.Parameter(torch.empty(self.num_heads))
+        self.window_scale = nn.Parameter(torch.empty(self.num_heads)) if self.window else None
+
+    def reset_parameters(self) -> None:
+        init.ones_(self.norm_weight)
+        init.constant_(self.linear_scale, self.START_LINEAR)
+        if self.window_scale is not None:
+            init.ones_(self.window_scale)
+
+    def join(self, q: Tensor, out: Tensor | None, z: Tensor | None, near: Tensor | None, lse: Tensor | None) -> Tensor:
+        total: Tensor | None = None
+        if near is not None:
+            total = near if self.window_scale is None else near * self.window_scale.to(near.dtype).unsqueeze(-1)
+        if out is not None:
+            rms = out.square().mean(-1, keepdim=True)
+            normed = out * torch.rsqrt(rms + self.EPS) * self.norm_weight.to(out.dtype)
+            far = normed * self.linear_scale.to(out.dtype).unsqueeze(-1)
+            total = far if total is None else total + far
+        assert total is not None
+        return total
+
+
+@contextmanager
+def linear_branch_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the mixers of `model` that have a window give it and the sinks alone.
+
+    Raises:
+        ValueError: a mixer has no window, so nothing would be left of it.
+    """
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    if any(not mixer.window for mixer in mixers):
+        raise ValueError("without a window nothing is left of a mixer when its linear branch is off")
+    for mixer in mixers:
+        mixer.linear_branch = False
+    try:
+        yield
+    finally:
+        for mixer in mixers:
+            mixer.linear_branch = True
+
+
+def simple_linear(
+    q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None, LinearState | None]:
+    """`linear_attention` on features, with keys that may not be seen zeroed."""
+    if key_weight is not None:
+        k = k * key_weight.to(k.dtype).unsqueeze(-1)
+    return linear_attention(q, k, v, **kwargs)

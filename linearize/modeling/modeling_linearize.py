@@ -1,0 +1,161 @@
+"""A converted model: the teacher's own transformers class, with its softmax attention swapped for linear-time mixers.
+
+This folder imports torch and transformers alone, because it is copied beside the weights as remote code.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from .attention import LinearizeAttention
+from .based import Based
+from .configuration_linearize import AttentionAnatomy, LinearizeConfig
+from .gla import GLA
+from .linear import LinearAttention
+from .mamba2 import Mamba2
+from .retention import Retention
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_linearize.LinearizeConfig",
+    "AutoModelForCausalLM": "modeling_linearize.LinearizeForCausalLM",
+}
+PADDING_MASK = "linearize"
+
+
+def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The 2D padding mask as it came: swapped layers need no T x T mask, and must not pay for one."""
+    return attention_mask
+
+
+ALL_MASK_ATTENTION_FUNCTIONS.register(PADDING_MASK, _padding_mask)
+
+
+def parent_class(config: LinearizeConfig) -> type[PreTrainedModel]:
+    """transformers' causal language model class of the teacher."""
+    return AutoModelForCausalLM._model_mapping[type(config.parent_config)]
+
+
+class LinearizeForCausalLM(PreTrainedModel, GenerationMixin):
+    """The teacher's class with swapped attention; modules and tensors keep the teacher's names.
+
+    Its children are the teacher class's own, and `forward` is that class's, run on this module.
+    """
+
+    config_class = LinearizeConfig
+    supports_gradient_checkpointing = True
+    _is_stateful = True  # a recurrent state cannot go back, so assisted decoding is refused
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ("past_key_values",)
+    _keep_in_fp32_modules_strict = ("mixer",)  # few parameters, and decays that bf16 would round away
+    _parent_class: type[PreTrainedModel]
+
+    def __init__(self, config: LinearizeConfig) -> None:
+        super().__init__(config)
+        parent_type = parent_class(config)
+        parent = parent_type(config.parent_config)
+        own = self.__dict__
+        for name, value in parent.__dict__.items():
+            # What the parent keeps beside its modules (vocab_size, router factors, ...); its config stays ours.
+            if name not in own and not name.startswith("_"):
+                own[name] = value
+        for name, child in parent.named_children():
+            self.add_module(name, child)
+        self._parent_class = parent_type
+        for attribute in ("_tied_weights_keys", "_no_split_modules", "_keep_in_fp32_modules", "base_model_prefix"):
+            setattr(self, attribute, getattr(parent_type, attribute, None))
+        for index in config.swapped():
+            layer = config.layers[index]
+            anatomy = AttentionAnatomy(**layer["anatomy"])
+            attention = LinearizeAttention(
+                anatomy, index, layer["mixer"], layer.get("softmax_heads", []), config.mixer_options
+            )
+            self.set_submodule(anatomy.path, attention)
+        if len(config.swapped()) == len(config.layers):
+            # No layer reads a T x T mask. The name is set late: transformers checks it when a module is built.
+            self.base_model.config._attn_implementation_internal = PADDING_MASK
+        self.post_init()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Methods and properties of the teacher's class that its forward relies on.
+            parent = self.__dict__.get("_parent_class")
+            if parent is None or name.startswith("__") or not hasattr(parent, name):
+                raise
+            attribute = getattr(parent, name)
+            return attribute.__get__(self) if hasattr(attribute, "__get__") else attribute
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """The teacher class's forward, arguments and all. With a cache, pads must be on the left.
+
+        Raises:
+            ValueError: a cache together with packed documents or pads on the right.
+        """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        padded = attention_mask is not None and attention_mask.dim() == 2
+        if use_cache and padded and tokens is not None and tokens.shape[1] > 1:
+            assert attention_mask is not None
+            mask = attention_mask.bool()
+            if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+                raise ValueError("attention_mask has pads on the right: pad on the left to use a cache")
+        return self._parent_class.forward(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def mixer_layers(self) -> list[tuple[int, LinearizeAttention]]:
+        """The swapped attention modules with their layer's index."""
+        return [(module.layer_idx, module) for module in self.modules() if isinstance(module, LinearizeAttention)]
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Gives what no checkpoint holds its start; tensors that were loaded are flagged, and stay."""
+        # transformers hands the modules of a sub-model to the sub-model's own class, which knows no mixers.
+        for _, attention in self.mixer_layers():
+            attention.mixer.reset_parameters()
+        super().initialize_weights()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        self._parent_class._init_weights(self, module)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves weights and config, and this folder's code beside them, for who has no linearize installed."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for source in Path(__file__).parent.glob("*.py"):
+            if source.name != "__init__.py":
+                shutil.copyfile(source, Path(save_directory) / source.name)
+
+
+# Importing a mixer's file registers it; remote code is found through plain imports of siblings alone.
+__all__ = ["GLA", "Based", "LinearAttention", "LinearizeForCausalLM", "Mamba2", "Retention", "parent_class"]

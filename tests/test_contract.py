@@ -1,0 +1,310 @@
+"""The correctness contract: what every mixer must do inside a model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import CONFIGS, MIXER_NAMES, exact_norms, relative_error, shake, tiny_teacher
+from transformers import AutoModelForCausalLM
+
+from linearize.convert.swap import convert
+from linearize.modeling import linear_branch_off
+
+WINDOWS = [0, 8]
+KEEPS = [None, "heads:0.1,1.2,1.3", "0"]
+
+
+def student_of(mixer, window=8, keep=None, family="llama", dtype=torch.float64, sinks=None, **options):
+    teacher = tiny_teacher(family, dtype)
+    student = convert(teacher, mixer, window=window, sinks=sinks, keep_softmax=keep, mixer_options=options)
+    student = shake(student)
+    return exact_norms(student) if dtype == torch.float64 else student
+
+
+def tokens(batch=2, length=45, seed=1):
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("keep", KEEPS)
+@torch.no_grad()
+def test_pieces_steps_and_whole_agree(mixer_name, window, keep):
+    student, ids = student_of(mixer_name, window, keep), tokens()
+    whole = student(ids, use_cache=True)
+    for cuts in ([20, 25], [3, 1, 17, 24], [1] * 45):
+        cache, start, logits = None, 0, []
+        for length in cuts:
+            out = student(ids[:, start : start + length], past_key_values=cache, use_cache=True)
+            cache, start = out.past_key_values, start + length
+            logits.append(out.logits)
+        assert relative_error(torch.cat(logits, 1), whole.logits) < 1e-10
+        assert cache.get_seq_length() == 45
+        for ours, theirs in zip(cache.layers, whole.past_key_values.layers, strict=True):
+            for name, tensor in getattr(theirs, "tensors", {}).items():
+                torch.testing.assert_close(ours.tensors[name], tensor, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("keep", KEEPS)
+@torch.no_grad()
+def test_left_padding_and_batching_change_nothing(mixer_name, window, keep):
+    student, ids = student_of(mixer_name, window, keep), tokens(3, 30)
+    lengths = [30, 17, 5]
+    mask = torch.zeros(3, 30, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, 30 - length :] = 1
+    padded = torch.where(mask.bool(), ids, torch.zeros_like(ids))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    together = student(padded, attention_mask=mask, position_ids=positions, use_cache=True)
+    more = torch.randint(3, 128, (3, 4))
+    grown = torch.cat([mask, torch.ones(3, 4, dtype=torch.long)], 1)
+    later = student(
+        more,
+        attention_mask=grown,
+        position_ids=torch.tensor(lengths).unsqueeze(1) + torch.arange(4),
+        past_key_values=together.past_key_values,
+    )
+    for row, length in enumerate(lengths):
+        alone = student(torch.cat([ids[row : row + 1, 30 - length :], more[row : row + 1]], 1))
+        both = torch.cat([together.logits[row : row + 1, 30 - length :], later.logits[row : row + 1]], 1)
+        assert relative_error(both, alone.logits) < 1e-10
+
+
+@torch.no_grad()
+def test_left_padding_in_pieces(mixer_name):
+    """Pads that reach over the first pieces, down to one token a piece."""
+    student, ids = student_of(mixer_name, 8, "heads:0.1"), tokens(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, :9] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for cuts in ([6, 14], [1] * 20):
+        cache, start, logits = None, 0, []
+        for length in cuts:
+            piece = slice(start, start + length)
+            out = student(
+                ids[:, piece],
+                attention_mask=mask[:, : start + length],
+                position_ids=positions[:, piece],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache, start = out.past_key_values, start + length
+            logits.append(out.logits)
+        alone = student(ids[1:, 9:]).logits
+        assert relative_error(torch.cat(logits, 1)[1:, 9:], alone) < 1e-10
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("keep", KEEPS)
+@torch.no_grad()
+def test_packed_documents_are_separate(mixer_name, window, keep):
+    student, ids = student_of(mixer_name, window, keep), tokens(2, 45)
+    cuts = [[0, 11, 12, 45], [0, 30, 45]]
+    positions = torch.stack([torch.cat([torch.arange(b - a) for a, b in zip(c, c[1:], strict=False)]) for c in cuts])
+    packed = student(ids, position_ids=positions, use_cache=False).logits
+    for row, bounds in enumerate(cuts):
+        for a, b in zip(bounds, bounds[1:], strict=False):
+            alone = student(ids[row : row + 1, a:b], use_cache=False).logits
+            assert relative_error(packed[row : row + 1, a:b], alone) < 1e-10
+
+
+def test_packed_documents_refuse_a_cache(mixer_name):
+    student, ids = student_of(mixer_name), tokens(1, 20)
+    positions = torch.cat([torch.arange(8), torch.arange(12)]).unsqueeze(0)
+    with pytest.raises(ValueError, match="packed documents"):
+        student(ids, position_ids=positions, use_cache=True)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_causal(mixer_name, window):
+    """No later token reaches an earlier logit, in value or in gradient."""
+    student, ids = student_of(mixer_name, window, "heads:0.1"), tokens(1, 40)
+    embeds = student.get_input_embeddings()(ids).detach().requires_grad_()
+    student(inputs_embeds=embeds, use_cache=False).logits[0, 25].sum().backward()
+    assert (embeds.grad[0, 26:] == 0).all()
+    assert embeds.grad[0, 0].abs().max() > 0  # and the first token does, past any window
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_gradients_are_finite_and_reach_every_new_parameter(mixer_name, window):
+    student = student_of(mixer_name, window, "heads:0.1", dtype=torch.float32).train()
+    student(tokens(2, 45), labels=tokens(2, 45), use_cache=False).loss.backward()
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        if ".mixer." in name:
+            assert parameter.grad.abs().max() > 0, name
+
+
+@torch.no_grad()
+def test_bf16_stays_near_fp32(mixer_name):
+    teacher = tiny_teacher(dtype=torch.bfloat16)
+    student = shake(convert(teacher, mixer_name, window=8))
+    attention = student.mixer_layers()[0][1]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 45, n, 16, generator=generator).bfloat16() for n in (4, 2, 2))
+    x = torch.randn(2, 45, 64, generator=generator).bfloat16()
+    low = attention.mixer(q, k, v, x)
+    high = copy.deepcopy(attention.mixer).double()(q.double(), k.double(), v.double(), x.double())
+    assert low.dtype == torch.bfloat16
+    assert relative_error(low, high) < 1e-2
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+@pytest.mark.parametrize("keep", KEEPS)
+@torch.no_grad()
+def test_save_and_load_bit_for_bit(mixer_name, family, keep, tmp_path):
+    student, ids = student_of(mixer_name, 8, keep, family, torch.float32), tokens()
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(student)
+    assert torch.equal(loaded(ids).logits, student(ids).logits)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    names = [name for name, _ in loaded.named_parameters()]
+    assert len(names) == len(set(names)) and "lm_head.weight" not in names
+
+
+@torch.no_grad()
+def test_new_parameters_stay_fp32_in_a_bf16_model(mixer_name, tmp_path):
+    student = convert(tiny_teacher(dtype=torch.bfloat16), mixer_name)
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == (torch.float32 if ".mixer." in name else torch.bfloat16), name
+    assert torch.equal(loaded(tokens()).logits, student(tokens()).logits)
+
+
+def test_a_missing_new_parameter_gets_its_start(mixer_name, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    student = convert(tiny_teacher(), mixer_name, mixer_options={} if mixer_name == "based" else {"feature_map": "t2r"})
+    student.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(path).items() if ".mixer." not in name}
+    save_file(kept, path, metadata={"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, parameter in loaded.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+        if name.endswith(("gate_down", "proj_q", "proj_k", "linear_scale")):
+            continue  # random, or read from the teacher's weights
+        assert torch.equal(parameter, student.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+@torch.no_grad()
+def test_untouched_softmax_gives_the_teachers_output(family):
+    teacher, ids = tiny_teacher(family), tokens(2, 40)
+    student = convert(teacher, "linear", keep_softmax=[0, 1])
+    assert torch.equal(student(ids).logits, teacher(ids).logits)
+    assert student.mixer_layers() == []
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+@torch.no_grad()
+def test_kept_heads_are_the_teachers(family, mixer_name):
+    """With o_proj reading the kept heads alone, the swapped module gives the teacher module's output."""
+    teacher = tiny_teacher(family, torch.float64, num_hidden_layers=1)
+    for head in (1, 2):
+        student = exact_norms(convert(teacher, mixer_name, keep_softmax=f"heads:0.{head}", window=8))
+        other = exact_norms(copy.deepcopy(teacher))
+        for model in (student, other):
+            weight = model.model.layers[0].self_attn.o_proj.weight
+            keep = torch.zeros_like(weight)
+            keep[:, head * 16 : head * 16 + 16] = 1
+            weight.mul_(keep)
+        assert relative_error(student(tokens(2, 40)).logits, other(tokens(2, 40)).logits) < 1e-10
+
+
+@torch.no_grad()
+def test_a_window_as_long_as_the_text_is_softmax(mixer_name):
+    teacher, ids = tiny_teacher(dtype=torch.float64), tokens()
+    student = exact_norms(convert(teacher, mixer_name, window=45))
+    teacher = exact_norms(teacher)
+    with linear_branch_off(student):
+        assert relative_error(student(ids).logits, teacher(ids).logits) < 1e-10
+    if mixer_name in ("linear", "based"):  # one denominator: no far key, no weight
+        assert relative_error(student(ids).logits, teacher(ids).logits) < 1e-10
+
+
+@torch.no_grad()
+def test_state_heads_query_equals_repeated_keys(mixer_name):
+    student = student_of(mixer_name, 8, state_heads="query")
+    ids = tokens()
+    whole = student(ids).logits
+    out = student(ids[:, :20], use_cache=True)
+    rest = student(ids[:, 20:], past_key_values=out.past_key_values).logits
+    assert relative_error(torch.cat([out.logits, rest], 1), whole) < 1e-10
+    state = out.past_key_values.layers[0].tensors["kv"]
+    assert state.shape[1] == 4
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@torch.no_grad()
+def test_state_is_constant_in_length(mixer_name, window):
+    student = student_of(mixer_name, window, dtype=torch.float32)
+    sizes = []
+    for length in (30, 60, 120):
+        cache = student(tokens(1, length), use_cache=True).past_key_values
+        sizes.append([layer.bytes() for layer in cache.layers])
+    assert sizes[0] == sizes[1] == sizes[2]
+    planned = sum(attention.mixer.state_bytes(element_size=4) for _, attention in student.mixer_layers())
+    gates = sum(
+        layer.tensors[name].numel() * 4
+        for layer in cache.layers
+        for name in ("window_decay", "window_scale", "length")
+        if name in layer.tensors
+    )
+    assert planned <= sum(sizes[0]) <= planned + gates + 64
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@torch.no_grad()
+def test_generation(mixer_name, window):
+    student, ids = student_of(mixer_name, window, "heads:0.1", dtype=torch.float32), tokens(2, 12)
+    cached = student.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    plain = student.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, use_cache=False)
+    assert torch.equal(cached, plain)
+    beams = student.generate(ids, max_new_tokens=6, num_beams=3, do_sample=False, eos_token_id=None)
+    plain = student.generate(ids, max_new_tokens=6, num_beams=3, do_sample=False, eos_token_id=None, use_cache=False)
+    assert torch.equal(beams, plain)
+    sampled = student.generate(ids, max_new_tokens=5, do_sample=True, num_return_sequences=2, eos_token_id=None)
+    assert sampled.shape == (4, 17)
+
+
+def test_assisted_decoding_is_refused(mixer_name):
+    student = student_of(mixer_name, dtype=torch.float32)
+    with pytest.raises(ValueError, match="assisted generation is not supported"):
+        student.generate(tokens(1), assistant_model=tiny_teacher(), max_new_tokens=3)
+
+
+def test_right_padding_with_a_cache_is_refused():
+    student = student_of("linear", dtype=torch.float32)
+    mask = torch.ones(2, 45, dtype=torch.long)
+    mask[0, -3:] = 0
+    with pytest.raises(ValueError, match="pad on the left"):
+        student(tokens(), attention_mask=mask, use_cache=True)
+
+
+@pytest.mark.parametrize("reentrant", [False])
+def test_gradient_checkpointing_gives_the_same_gradients(mixer_name, reentrant):
+    plain = student_of(mixer_name, dtype=torch.float32).train()
+    checked = copy.deepcopy(plain)
+    checked.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for model in (plain, checked):
+        model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+    for (name, a), (_, b) in zip(plain.named_parameters(), checked.named_parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_the_registry_rejects_clashes():
+    from linearize.modeling.mixer import MIXERS, Mixer, register
+
+    with pytest.raises(ValueError, match="two mixers"):
+
+        @register("based")
+        class Other(Mixer):
+            pass
+
+    assert sorted(MIXERS) == sorted(MIXER_NAMES)
