@@ -309,7 +309,7 @@ class NormalizedMixer(Mixer):
     lie along the mean query, which bounded features cannot say.
     """
 
-    START_GAIN: ClassVar[float] = 0.0
+    START_GAIN: ClassVar[float] = -2.0
 
     def __init__(self, *, gains: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -361,7 +361,7 @@ class UnnormalizedMixer(Mixer):
     `norm` is an RMS norm over a head's channels with a learned weight, so that a state's size does not matter.
     """
 
-    START_LINEAR: ClassVar[float] = 0.1
+    START_LINEAR: ClassVar[float] = 0.02
     EPS: ClassVar[float] = 1e-6
 
     def __init__(self, **kwargs: Any) -> None:
