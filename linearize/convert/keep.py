@@ -46,7 +46,9 @@ def kept_heads(keep: str | Sequence[int] | None, anatomies: Sequence[AttentionAn
             index, head = pair.split(".")
             heads = anatomies[layer(index)].num_heads
             if int(head) >= heads:
-                raise UsageError(f"--keep-softmax: head {pair} is out of range, layer {index} has heads 0 to {heads - 1}")
+                raise UsageError(
+                    f"--keep-softmax: head {pair} is out of range, layer {index} has heads 0 to {heads - 1}"
+                )
             kept.setdefault(int(index), set()).add(int(head))
         return {index: sorted(heads) for index, heads in sorted(kept.items())}
     else:

@@ -15,10 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import UsageError
 from ..modeling import MIXERS, SOFTMAX, LinearizeConfig, LinearizeForCausalLM
 from .anatomy import meta_model, read_anatomy
+from .estimates import convert_estimate, distill_estimate
 from .keep import kept_heads
 
 DEFAULT_WINDOW, DEFAULT_SINKS = 64, 1
-GIB = 2**30
 
 
 def check_mixer(name: str) -> None:
@@ -146,9 +146,7 @@ def plan(model: PreTrainedConfig | PreTrainedModel | str | Path, to: str = "base
 
 def describe(student: LinearizeForCausalLM, teacher: PreTrainedModel, to: str) -> Plan:
     """The plan of a student, on the meta device or with weights."""
-    from ..distill.memory import training_flops, training_memory
-
-    config = student.config
+    config: Any = student.config
     element = torch.finfo(teacher.dtype).bits // 8
     prefix = next((layer["anatomy"]["path"].split(".0.")[0] for layer in config.layers[:1] if "anatomy" in layer), None)
     layers = [
@@ -196,16 +194,16 @@ def describe(student: LinearizeForCausalLM, teacher: PreTrainedModel, to: str) -
         state_bytes_per_sequence=state,
         kv_bytes_per_token=kv,
         kv_bytes_per_token_teacher=kv_teacher,
-        convert=_convert_estimate(parameters, new_parameters, element),
-        distill=_distill_estimate(facts, training_memory, training_flops),
+        convert=convert_estimate(parameters, new_parameters, element),
+        distill=distill_estimate(facts, getattr(config, "intermediate_size", None)),
     )
 
 
-def _kv_heads(config: LinearizeConfig) -> int:
+def _kv_heads(config: Any) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
-def _head_dim(config: LinearizeConfig) -> int:
+def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -232,35 +230,3 @@ def _start_of(name: str, to: str) -> str:
         "D": "zero",
     }
     return starts.get(leaf, f"default of {to}")
-
-
-def _convert_estimate(parameters: int, new_parameters: int, element: int) -> dict[str, Any]:
-    """Conversion holds one copy of the weights; a disk of 500 MB/s reads them once and writes them once."""
-    size = parameters * element + new_parameters * (4 - element)
-    return {
-        "memory_bytes": size + GIB // 2,
-        "seconds": round(2 * size / 500e6 + 5, 1),
-        "assumes": "one copy of the weights and 0.5 GiB of program; 500 MB/s of disk, read and write",
-    }
-
-
-def _distill_estimate(facts: dict[str, int], memory: Any, flops: Any) -> dict[str, Any]:
-    batch, length = 1, 2048
-    rate = 200e12
-    stages: dict[str, Any] = {}
-    for stage, rank, tokens in (("transfer", None, 20e6), ("logits", 16, 20e6), ("logits", None, 20e6)):
-        name = stage if stage == "transfer" else f"{stage}, {'LoRA rank 16' if rank else 'all parameters'}"
-        need = memory(**facts, batch=batch, length=length, stage=stage, lora_rank=rank)
-        total = need["total"]
-        stages[name] = {
-            "memory_bytes": total,
-            "fits_80_gb": total < 80e9,
-            "hours_20m_tokens": round(flops(parameters=facts["parameters"], tokens=int(tokens), stage=stage) / rate / 3600, 2),
-            "parts": need,
-        }
-    return {
-        "batch": batch,
-        "length": length,
-        "assumes": f"gradient checkpointing, bf16 weights, fp32 AdamW, {rate / 1e12:.0f} TFLOP/s sustained",
-        "stages": stages,
-    }

@@ -46,7 +46,7 @@ def _second_moment(
         bias = projection.bias.detach().double().unflatten(0, (heads, -1))
         moment = moment + bias.unsqueeze(-1) * bias.unsqueeze(-2)
     if norm is not None:
-        scale = norm.weight.detach().double()
+        scale = norm.get_parameter("weight").detach().double()
         size = moment.diagonal(dim1=-2, dim2=-1).mean(-1).sqrt()[:, None, None]
         moment = moment / size.square() * scale.unsqueeze(-1) * scale
     if inv_freq is None:
@@ -54,9 +54,9 @@ def _second_moment(
     angle = POSITIONS.to(inv_freq.device)[:, None].double() * inv_freq.double()
     cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
     identity = torch.eye(moment.shape[-1], dtype=torch.float64, device=moment.device)
-    # Rows of `turned[p]` are the rotated basis: y at position p is y0 @ turned[p].
-    turned = rotate(identity.expand(len(POSITIONS), -1, -1), cos, sin, cos.shape[-1]) if inv_freq is not None else None
-    assert turned is not None
+    # Rows of turned[p] are the rotated basis: y at position p is y0 @ turned[p].
+    basis = identity.expand(1, len(POSITIONS), -1, -1)
+    turned = rotate(basis, cos[None], sin[None], cos.shape[-1])[0]
     return torch.einsum("pai,hab,pbj->hij", turned, moment, turned) / len(POSITIONS)
 
 
@@ -101,7 +101,7 @@ def _start_based(attention: LinearizeAttention, mixer: Based, gain: Tensor | Non
 
 @torch.no_grad()
 def _start_scale(attention: LinearizeAttention, mixer: UnnormalizedMixer, gain: Tensor | None) -> None:
-    """The normalised linear branch starts at a share of the values' own size: half alone, a fiftieth beside a window."""
+    """The normalised linear branch starts at a share of the values' own size: half, or a fiftieth beside a window."""
     weight = attention.v_proj.weight.detach().float()
     if gain is not None:
         weight = weight * gain.detach().float()

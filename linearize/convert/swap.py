@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling import LinearizeConfig, LinearizeForCausalLM
+from ..modeling import LinearizeForCausalLM
 from .anatomy import family_of
 from .plan import student_config
 from .starts import start_from_weights
@@ -88,14 +88,7 @@ def _start_mixers(student: LinearizeForCausalLM, teacher: PreTrainedModel, seed:
         attention.mixer.to_empty(device=device).float()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed + index)
-            for module in attention.mixer.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+            attention.mixer.reset_parameters()
         layer = teacher.get_submodule(f"{family.layers}.{index}")
-        norm = layer.get_submodule(family.input_norm)
-        start_from_weights(attention, norm.weight, frequencies if attention.anatomy.rotary_dim else None)
-
-
-def is_converted(config: Any) -> bool:
-    """Whether a config is a converted model's."""
-    return isinstance(config, LinearizeConfig)
+        gain = layer.get_parameter(f"{family.input_norm}.weight")
+        start_from_weights(attention, gain, frequencies if attention.anatomy.rotary_dim else None)

@@ -67,7 +67,12 @@ class LinearizeAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.anatomy, self.layer_idx, self.path = anatomy, layer_idx, anatomy.path
-        heads, groups, dim, hidden = anatomy.num_heads, anatomy.num_kv_heads, anatomy.head_dim, anatomy.hidden_size
+        heads, groups, dim, hidden = (
+            anatomy.num_heads,
+            anatomy.num_kv_heads,
+            anatomy.head_dim,
+            anatomy.hidden_size,
+        )
         self.q_proj = nn.Linear(hidden, heads * dim, bias=anatomy.q_bias)
         self.k_proj = nn.Linear(hidden, groups * dim, bias=anatomy.k_bias)
         self.v_proj = nn.Linear(hidden, groups * dim, bias=anatomy.v_bias)

@@ -23,7 +23,7 @@ class Based(NormalizedMixer):
         feature_dim: channels d of the projection; the state holds 1 + d + d (d + 1) / 2 keys (153 for 16).
     """
 
-    START_GAIN = -4.0  # the expansion is coarse far from zero, so untrained it should say little beside a window
+    START_GAIN = -6.0  # the expansion is coarse far from zero, so untrained it should say little beside a window
     summary = "Based: second-order Taylor linear attention on a 16-channel projection, normalised"
 
     def __init__(self, *, feature_dim: int = 16, **kwargs: Any) -> None:
@@ -46,7 +46,13 @@ class Based(NormalizedMixer):
         return {"kv": (self.num_states, size, self.head_dim), "k": (self.num_states, size)}
 
     def linear(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, key_weight: Tensor | None, **state: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        key_weight: Tensor | None,
+        **state: Any,
     ) -> tuple[Tensor, Tensor | None, LinearState | None]:
         weight = self.weigh_keys(k, key_weight)
         q = widen(torch.einsum("bthd,hdr->bthr", q, self.proj_q.to(q.dtype))) * self.scale

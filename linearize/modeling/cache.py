@@ -89,7 +89,7 @@ def mixer_cache_layer(cache: Cache | None, index: int) -> MixerCacheLayer | None
         return None
     if isinstance(cache, QuantizedCache):
         raise ValueError("a quantised cache holds keys and values only; a converted model keeps recurrent states")
-    layers = cache.layers
+    layers: list[Any] = cache.layers
     while len(layers) <= index:
         layers.append(MixerCacheLayer())
     layer = layers[index]
@@ -97,8 +97,9 @@ def mixer_cache_layer(cache: Cache | None, index: int) -> MixerCacheLayer | None
         return layer
     if layer.is_initialized and layer.get_seq_length() > 0:
         raise ValueError(f"layer {index} of the cache holds another model's keys; pass a fresh cache")
-    layers[index] = MixerCacheLayer()
-    return layers[index]
+    fresh = MixerCacheLayer()
+    layers[index] = fresh
+    return fresh
 
 
 def append(layer: MixerCacheLayer, name: str, new: Tensor, dim: int) -> Tensor:

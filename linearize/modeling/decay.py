@@ -49,6 +49,12 @@ class DecayingMixer(UnnormalizedMixer):
         return {"kv": (self.num_states, self.map_k.size, self.head_dim)}
 
     def linear(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, key_weight: Tensor | None, **state: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        key_weight: Tensor | None,
+        **state: Any,
     ) -> tuple[Tensor, Tensor | None, LinearState | None]:
         return simple_linear(self.map_q(q), self.map_k(k), v, key_weight, log_decay=log_decay, **state)

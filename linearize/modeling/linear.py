@@ -42,7 +42,13 @@ class LinearAttention(NormalizedMixer):
         return {"kv": (self.num_states, size, self.head_dim), "k": (self.num_states, size)}
 
     def linear(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, key_weight: Tensor | None, **state: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        key_weight: Tensor | None,
+        **state: Any,
     ) -> tuple[Tensor, Tensor | None, LinearState | None]:
         weight = self.weigh_keys(k, key_weight)
         return simple_linear(self.map_q(q), self.map_k(k), v, weight, normalizer=True, **state)

@@ -53,7 +53,13 @@ class Mamba2(DecayingMixer):
         return Gates(log_decay=-dt * self.A_log.to(step.dtype).exp(), value_scale=dt)
 
     def linear(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, key_weight: Tensor | None, **state: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        key_weight: Tensor | None,
+        **state: Any,
     ) -> tuple[Tensor, Tensor | None, LinearState | None]:
         out, z, final = super().linear(q, k, v, log_decay, key_weight, **state)
         seen = v if key_weight is None else v * key_weight.to(v.dtype).unsqueeze(-1)

@@ -164,6 +164,13 @@ class Mixer(nn.Module):
             ValueError: packed documents together with a cache.
         """
         layout = layout or Layout()
+        # Gains, decays and normalisers stay wide; what came in bf16 is multiplied in bf16 all the same.
+        with torch.autocast(q.device.type, enabled=False):
+            return self._mix(q, k, v, x, layout, cache)
+
+    def _mix(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None, layout: Layout, cache: MixerCacheLayer | None
+    ) -> Tensor:
         if self.state_heads == "query" and self.num_states != k.shape[2]:
             repeat = self.num_states // k.shape[2]
             k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)

@@ -39,7 +39,8 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(PADDING_MASK, _padding_mask)
 
 def parent_class(config: LinearizeConfig) -> type[PreTrainedModel]:
     """transformers' causal language model class of the teacher."""
-    return AutoModelForCausalLM._model_mapping[type(config.parent_config)]
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    return mapping[type(config.parent_config)]
 
 
 class LinearizeForCausalLM(PreTrainedModel, GenerationMixin):
@@ -55,13 +56,15 @@ class LinearizeForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ("past_key_values",)
-    _keep_in_fp32_modules_strict = ("mixer",)  # few parameters, and decays that bf16 would round away
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # Few parameters, and decays that bf16 would round away.
+    _keep_in_fp32_modules_strict = ["mixer"]  # noqa: RUF012
     _parent_class: type[PreTrainedModel]
 
     def __init__(self, config: LinearizeConfig) -> None:
         super().__init__(config)
         parent_type = parent_class(config)
+        assert config.parent_config is not None
         parent = parent_type(config.parent_config)
         own = self.__dict__
         for name, value in parent.__dict__.items():
@@ -71,7 +74,12 @@ class LinearizeForCausalLM(PreTrainedModel, GenerationMixin):
         for name, child in parent.named_children():
             self.add_module(name, child)
         self._parent_class = parent_type
-        for attribute in ("_tied_weights_keys", "_no_split_modules", "_keep_in_fp32_modules", "base_model_prefix"):
+        for attribute in (
+            "_tied_weights_keys",
+            "_no_split_modules",
+            "_keep_in_fp32_modules",
+            "base_model_prefix",
+        ):
             setattr(self, attribute, getattr(parent_type, attribute, None))
         for index in config.swapped():
             layer = config.layers[index]
@@ -82,7 +90,8 @@ class LinearizeForCausalLM(PreTrainedModel, GenerationMixin):
             self.set_submodule(anatomy.path, attention)
         if len(config.swapped()) == len(config.layers):
             # No layer reads a T x T mask. The name is set late: transformers checks it when a module is built.
-            self.base_model.config._attn_implementation_internal = PADDING_MASK
+            base: Any = self.base_model
+            base.config._attn_implementation_internal = PADDING_MASK
         self.post_init()
 
     def __getattr__(self, name: str) -> Any:
@@ -147,6 +156,19 @@ class LinearizeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         self._parent_class._init_weights(self, module)
+
+    def load_adapter(
+        self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers'; then what the adapter saved whole (`modules_to_save`), which 5.17 leaves out."""
+        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        if peft_model_id is not None:
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            weights = load_peft_weights(peft_model_id, device=str(self.device))
+            own = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
+            set_peft_model_state_dict(self, own, adapter_name or "default")
+        return info
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves weights and config, and this folder's code beside them, for who has no linearize installed."""

@@ -11,6 +11,7 @@ accumulates in fp32 (fp64 for fp64 inputs) whatever comes in, also under autocas
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -44,10 +45,10 @@ class _Chunks:
         if self.batch != 1:
             raise ValueError(f"cu_seqlens needs a flattened batch of 1, got q of batch {self.batch}")
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != self.tokens or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+        if bounds[0] != 0 or bounds[-1] != self.tokens or any(a > b for a, b in pairwise(bounds)):
             raise ValueError(f"cu_seqlens must rise from 0 to {self.tokens} tokens, got {bounds}")
         self.first_chunks, slots, start = [], [], 0
-        for a, b in zip(bounds, bounds[1:], strict=False):
+        for a, b in pairwise(bounds):
             self.first_chunks.append(start)
             slots.append(torch.arange(b - a) + start * size)
             start += -(-(b - a) // size)
@@ -120,7 +121,7 @@ def linear_attention(
         Output [B, T, H, V] and normaliser [B, T, H] or None, both in the accumulation dtype, and the final state or
         None. Sources: Sun et al. 2023 (RetNet), Yang et al. 2023 (GLA), Dao and Gu 2024 (SSD).
     """
-    batch, tokens, heads, _ = q.shape
+    tokens, heads = q.shape[1:3]
     groups = k.shape[2]
     if heads % groups:
         raise ValueError(f"q has {heads} heads, which do not divide into the {groups} heads of k")
@@ -320,7 +321,9 @@ def window_attention(
             query_blocks = F.pad(q, (0, 0, 0, 0, 0, right)).unflatten(1, (count, size))
             query_place = F.pad(place[:, offset:], (0, right), value=-1).unflatten(1, (count, size))
             key_document = None if document is None else blocks(document, -1)
-            query_document = None if document is None else F.pad(document, (0, right), value=-2).unflatten(1, (-1, size))
+            query_document = (
+                None if document is None else F.pad(document, (0, right), value=-2).unflatten(1, (-1, size))
+            )
 
         distance = query_place.unsqueeze(-1) - key_place.unsqueeze(-2)
         visible = (distance >= 0) & (distance < window) & (key_place >= 0).unsqueeze(-2)

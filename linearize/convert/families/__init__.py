@@ -19,6 +19,7 @@ class Family:
 
     model_type: str
     name: str
+    summary: str
     layers: str = "model.layers"
     attention: str = "self_attn"
     input_norm: str = "input_layernorm"

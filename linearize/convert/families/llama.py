@@ -1,5 +1,11 @@
-"""Llama (and what shares its layout, SmolLM2 among them)."""
+"""Llama 2 and 3, and what shares their layout (SmolLM2, TinyLlama, ...)."""
 
 from . import Family, register
 
-register(Family(model_type="llama", name="Llama"))
+register(
+    Family(
+        model_type="llama",
+        name="Llama",
+        summary="Llama 2 and 3, and what shares their layout (SmolLM2, TinyLlama, ...)",
+    )
+)

@@ -1,5 +1,5 @@
-"""Mistral, whose sliding window kept heads respect."""
+"""Mistral; its sliding window holds in kept heads."""
 
 from . import Family, register
 
-register(Family(model_type="mistral", name="Mistral"))
+register(Family(model_type="mistral", name="Mistral", summary="Mistral; its sliding window holds in kept heads"))

@@ -2,4 +2,4 @@
 
 from . import Family, register
 
-register(Family(model_type="qwen3", name="Qwen3", qk_norm=True))
+register(Family(model_type="qwen3", name="Qwen3", summary="Qwen3, with norms on queries and keys", qk_norm=True))

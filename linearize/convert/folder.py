@@ -1,0 +1,69 @@
+"""Conversion from a model anywhere to a folder that transformers loads: what the `convert` verb does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import provenance
+from ..output import check_new, new_folder
+from ..source import ModelSource, load_config, load_model, load_tokenizer
+from .anatomy import meta_model
+from .plan import Plan, check_mixer, describe, student_config
+from .swap import convert
+
+
+def convert_folder(
+    source: ModelSource,
+    to: str,
+    out: str | Path,
+    *,
+    dtype: str | torch.dtype | None = "auto",
+    device: str = "cpu",
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    seed: int = 0,
+    command: list[str] | str = "linearize.convert",
+    **options: Any,
+) -> Plan:
+    """Converts `source` into the folder `out`: weights, config, code, tokenizer, generation config, provenance.
+
+    Everything that can be refused is, before the weights are read.
+
+    Args:
+        source: the teacher.
+        to, options: as in `convert`.
+        out: a folder that is not there yet, or is to be replaced with `overwrite`.
+
+    Returns:
+        What was made, as `plan` tells it.
+
+    Raises:
+        UserError, UsageError: the model cannot be converted, an option is out of range, `out` exists, a full disk.
+    """
+    check_mixer(to)
+    path = check_new(out, overwrite=overwrite)
+    student_config(meta_model(load_config(source)), to, **options)
+    tokenizer = load_tokenizer(source)
+    teacher = load_model(source, dtype=dtype, device=device)
+    student = convert(teacher, to, share_memory=True, seed=seed, **options)
+    made = describe(student, teacher, to)
+    with new_folder(path, overwrite=overwrite) as folder:
+        student.save_pretrained(folder, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
+        record = provenance.record(
+            command=command,
+            stage="convert",
+            parent=source.model if Path(source.model).is_dir() else None,
+            teacher=source.describe(),
+            mixer=to,
+            mixer_options=made.mixer_options,
+            softmax_heads={layer.index: layer.softmax_heads for layer in made.layers if layer.softmax_heads},
+            seed=seed,
+            tokens=0,
+        )
+        provenance.write(folder, json.loads(json.dumps(record)))
+    return made

@@ -1,0 +1,84 @@
+"""Losses on the vocabulary: logit distillation (KL from the teacher) and, without a teacher, cross-entropy.
+
+Both work from final hidden states, a chunk of tokens at a time (losses.py): the logits of a whole batch
+never exist.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .feed import Item
+from .losses import count_targets, head_losses, head_of
+from .options import FinetuneOptions, LogitOptions
+from .trainer import StageTrainer
+
+
+def set_checkpointing(student: Any, enabled: bool) -> None:
+    """Checkpoints every decoder layer, non-reentrant: reentrant loses the gradients of frozen inputs."""
+    # transformers renamed gradient_checkpointing_* to activation_checkpointing_* after 5.17
+    prefix = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+    if enabled:
+        getattr(student, f"{prefix}_checkpointing_enable")(
+            **{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}}
+        )
+    else:
+        getattr(student, f"{prefix}_checkpointing_disable")()
+    # enabling makes embeddings' outputs require gradients, which only reentrant checkpointing needs
+    if hasattr(student, "_require_grads_hook") or hasattr(student, "_require_grads_hooks"):
+        student.disable_input_require_grads()
+
+
+class HeadTrainer(StageTrainer):
+    """Loss: (1 - ce_weight) KL(teacher || student) + ce_weight cross-entropy, a mean over scored tokens.
+
+    Scored are the tokens whose label is not -100, over all batches of a step together, so that accumulation
+    changes nothing. Without a teacher the loss is cross-entropy. Logs `kl` and `ce` where both are in it.
+    """
+
+    title = "logits"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        options = self.options
+        assert isinstance(options, LogitOptions | FinetuneOptions)
+        self.chunk = options.chunk
+        self.ce_weight, self.temperature = 1.0, 1.0
+        if self.teacher is not None:
+            assert isinstance(options, LogitOptions)
+            self.ce_weight, self.temperature = options.ce_weight, options.temperature
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Item], Any]:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [count_targets(batch["labels"]) for batch in batches]
+        return batches, torch.stack(counts).sum() if counts else None
+
+    def step_losses(self, inputs: Item, num_items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        with self.autocast():
+            hidden = self.student.model(**inputs, use_cache=False).last_hidden_state
+            teacher_hidden = teacher_head = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    teacher_hidden = self.teacher.base_model(**inputs, use_cache=False).last_hidden_state
+                teacher_head = head_of(self.teacher)
+            kl, ce = head_losses(
+                hidden,
+                labels,
+                head_of(self.student),
+                teacher_hidden=teacher_hidden,
+                teacher_head=teacher_head,
+                temperature=self.temperature,
+                with_ce=self.ce_weight > 0,
+                chunk=self.chunk,
+            )
+        count = num_items.clamp_min(1)
+        loss = ((1 - self.ce_weight) * kl + self.ce_weight * ce) / count
+        self.accelerator.backward(loss)
+        parts = {"kl": kl.detach() / count, "ce": ce.detach() / count}
+        both = 0 < self.ce_weight < 1
+        return loss.detach(), parts if both else {}

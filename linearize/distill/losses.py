@@ -1,0 +1,123 @@
+"""The losses of the three stages, in fp32 whatever the models' precision.
+
+Shapes: B sequences, T positions, D hidden size, V vocabulary, N valid tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Head = Callable[[Tensor], Tensor]
+IGNORED = -100
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """At least fp32: half precision is widened, fp64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def transfer_loss(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The error of an attention layer's output in units of the teacher's energy: |s - t|^2 / |t|^2, a scalar.
+
+    `student`, `teacher` [B, T, D]; `valid` [B, T] bool leaves padding out of both sums. The unit makes layers
+    comparable: late layers have far larger outputs and would own a plain sum of squares.
+    """
+    if valid is not None:
+        student, teacher = student[valid], teacher[valid]
+    teacher = widened(teacher)
+    energy = teacher.square().sum()
+    error = (widened(student) - teacher).square().sum()
+    return error / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+
+
+def next_token_labels(labels: Tensor) -> Tensor:
+    """`labels` [B, T] moved so that position t holds the label of its prediction, token t + 1."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def count_targets(labels: Tensor) -> Tensor:
+    """Number of predictions that `labels` [B, T] score."""
+    return (labels[:, 1:] != IGNORED).sum()
+
+
+def head_of(model: torch.nn.Module) -> Head:
+    """From final hidden states [..., D] to logits [..., V] as `model` computes them, soft cap included."""
+    project = model.get_output_embeddings()  # type: ignore[operator]
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap is None:
+        return project
+    return lambda hidden: cap * torch.tanh(project(hidden) / cap)
+
+
+def _chunk_losses(
+    hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    labels: Tensor,
+    head: Head,
+    teacher_head: Head | None,
+    temperature: float,
+    with_ce: bool,
+) -> tuple[Tensor, Tensor]:
+    logits = widened(head(hidden))
+    kl = logits.new_zeros(())
+    ce = logits.new_zeros(())
+    if teacher_head is not None:
+        assert teacher_hidden is not None
+        with torch.no_grad():
+            target = F.log_softmax(widened(teacher_head(teacher_hidden)) / temperature, dim=-1)
+        log_student = F.log_softmax(logits / temperature, dim=-1)
+        kl = F.kl_div(log_student, target, reduction="sum", log_target=True) * temperature**2
+    if with_ce:
+        ce = F.cross_entropy(logits, labels, reduction="sum")
+    return kl, ce
+
+
+def head_losses(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    *,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Head | None = None,
+    temperature: float = 1.0,
+    with_ce: bool = False,
+    chunk: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """Sums over the scored tokens of KL(teacher || student) and of cross-entropy, a chunk at a time.
+
+    `hidden`, `teacher_hidden` [B, T, D] are final hidden states, `labels` [B, T] unshifted with -100 where
+    nothing is scored. Without a teacher KL is 0; without `with_ce` cross-entropy is 0. KL is multiplied by
+    temperature^2, so that its gradient keeps its size (Hinton, 1503.02531).
+
+    Each chunk is recomputed in the backward pass: at most `chunk` x V logits of each model exist at any time.
+    """
+    targets = next_token_labels(labels).flatten()
+    scored = (targets != IGNORED).nonzero().squeeze(-1)
+    targets = targets[scored]
+    hidden = hidden.flatten(0, 1)[scored]
+    # split, not slices: backward, a split is one concatenation, each slice a full-size tensor of zeros
+    chunks = hidden.split(chunk)
+    teacher_chunks: tuple[Tensor | None, ...] = (None,) * len(chunks)
+    if teacher_hidden is not None:
+        teacher_chunks = teacher_hidden.flatten(0, 1)[scored].split(chunk)
+    kl = ce = widened(hidden.new_zeros(()))
+    for part, teacher_part, target in zip(chunks, teacher_chunks, targets.split(chunk), strict=True):
+        part_kl, part_ce = checkpoint(
+            _chunk_losses,
+            part,
+            teacher_part,
+            target,
+            head,
+            teacher_head,
+            temperature,
+            with_ce,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        kl, ce = kl + part_kl, ce + part_ce
+    return kl, ce

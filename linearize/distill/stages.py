@@ -1,0 +1,207 @@
+"""One stage of training on models in memory: what trains, with which trainer, and where its files go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import set_seed
+
+from ..errors import UserError
+from .feed import Item, length_of, steps_for
+from .logits import HeadTrainer, set_checkpointing
+from .lora import attach_lora, merged, unloaded
+from .options import FinetuneOptions, LogitOptions, TrainOptions, TransferOptions
+from .parameters import cache_setting_kept, check_pair, is_new, own_memory, training_only
+from .trainer import StageTrainer
+from .transfer import TransferTrainer, attention_pairs
+from .work import LOG_FILE, open_work, start_hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run keeps checkpoints and logs; without a `folder`, nowhere that outlives it."""
+
+    folder: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What a stage did: optimizer steps, tokens seen, and the lines of its loss log."""
+
+    stage: str
+    steps: int
+    tokens: int
+    log: list[dict[str, Any]]
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss of the last line."""
+        return self.log[-1]["loss"] if self.log else None
+
+
+def _train(
+    trainer_class: type[StageTrainer],
+    model: nn.Module,
+    student: Any,
+    names: set[str],
+    dataset: Dataset[Item],
+    options: TrainOptions,
+    place: Place,
+    start: str,
+    teacher: Any = None,
+) -> StageResult:
+    max_steps = steps_for(dataset, options)
+    stage = trainer_class.title
+    run = {
+        "stage": stage,
+        "start": start,
+        "steps": max_steps,
+        "sequences": length_of(dataset),
+        "options": options.record(),
+    }
+    with ExitStack() as stack:
+        checkpoint = None
+        if place.folder is None:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="linearize-")))
+        else:
+            folder = place.folder / stage
+            checkpoint = open_work(folder, run, resume=place.resume, overwrite=place.overwrite)
+        stack.enter_context(cache_setting_kept(student.config))
+        stack.enter_context(training_only(model, names))
+        if teacher is not None:
+            stack.enter_context(_evaluating(teacher))
+        trainer = trainer_class(
+            model,
+            student,
+            dataset,
+            options,
+            folder,
+            max_steps=max_steps,
+            save=place.folder is not None,
+            teacher=teacher,
+        )
+        try:
+            trainer.run(checkpoint)
+        finally:
+            # accelerate's wrapper of the model would otherwise hold on to the optimizer's state
+            trainer.accelerator.free_memory()
+            trainer.optimizer = trainer.lr_scheduler = None
+        log = folder / LOG_FILE
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    return StageResult(stage=stage, steps=max_steps, tokens=lines[-1]["tokens"] if lines else 0, log=lines)
+
+
+@contextmanager
+def _evaluating(teacher: nn.Module) -> Iterator[None]:
+    was_training = teacher.training
+    teacher.eval()
+    try:
+        yield
+    finally:
+        teacher.train(was_training)
+
+
+@contextmanager
+def _checkpointing(student: Any, enabled: bool) -> Iterator[None]:
+    if enabled:
+        set_checkpointing(student, True)
+    try:
+        yield
+    finally:
+        if enabled:
+            set_checkpointing(student, False)
+
+
+def transfer(student: Any, teacher: Any, dataset: Dataset[Item], options: TransferOptions, place: Place) -> StageResult:
+    """Attention transfer on the new parameters of `student`, in place. UserError when there are none."""
+    check_pair(student, teacher, same_layers=True)
+    attention_pairs(student, teacher)
+    names = {name for name, _ in student.named_parameters() if is_new(name)}
+    if not names:
+        raise UserError(
+            "the student's mixers have no new parameters, so attention transfer has nothing to train: "
+            "use --stage logits"
+        )
+    start = start_hash(student)
+    return _train(TransferTrainer, student, student, names, dataset, options, place, start, teacher)
+
+
+def logits(student: Any, teacher: Any, dataset: Dataset[Item], options: LogitOptions, place: Place) -> StageResult:
+    """Logit distillation of `student`, in place; LoRA is merged when the stage ends."""
+    check_pair(student, teacher, same_layers=False)
+    own_memory(student, teacher)
+    start = start_hash(student)
+    if options.lora_rank is not None:
+        # LoRA first: peft, seeing checkpointing, would make the embeddings' outputs require gradients
+        with _lora(student, options, options.lora_rank, mixers=True) as model:
+            names = {name for name, p in model.named_parameters() if p.requires_grad}
+            with _checkpointing(student, options.gradient_checkpointing):
+                result = _train(HeadTrainer, model, student, names, dataset, options, place, start, teacher)
+            _merge(model, student)
+        return result
+    names = {name for name, _ in student.named_parameters() if options.train == "all" or is_new(name)}
+    if not names:
+        raise UserError("--train new: the student's mixers have no new parameters; use --train all or --lora-rank")
+    with _checkpointing(student, options.gradient_checkpointing):
+        return _train(HeadTrainer, student, student, names, dataset, options, place, start, teacher)
+
+
+class FinetuneTrainer(HeadTrainer):
+    """Cross-entropy alone."""
+
+    title = "finetune"
+
+
+def finetune(student: Any, dataset: Dataset[Item], options: FinetuneOptions, place: Place) -> tuple[Any, StageResult]:
+    """LoRA fine-tuning: the merged `student`, or the PeftModel around it when not `options.merge`."""
+    start = start_hash(student)
+    with _lora(student, options, options.lora_rank, mixers=options.train_mixers) as model:
+        names = {name for name, p in model.named_parameters() if p.requires_grad}
+        with _checkpointing(student, options.gradient_checkpointing):
+            result = _train(FinetuneTrainer, model, student, names, dataset, options, place, start)
+        if options.merge:
+            _merge(model, student)
+    return (student if options.merge else model), result
+
+
+@contextmanager
+def _lora(student: Any, options: LogitOptions | FinetuneOptions, rank: int, *, mixers: bool) -> Iterator[Any]:
+    """The student inside a PeftModel; if the body raises, the student is as it was before."""
+    flags = {name: p.requires_grad for name, p in student.named_parameters()}
+    set_seed(options.seed)  # LoRA's start is drawn at random
+    model = attach_lora(
+        student,
+        rank=rank,
+        alpha=options.lora_alpha,
+        dropout=options.lora_dropout,
+        on=options.lora_on,
+        mixers=mixers,
+    )
+    try:
+        yield model
+    except BaseException:
+        unloaded(model)
+        _set_flags(student, flags)
+        raise
+    if flags.keys() == {name for name, _ in student.named_parameters()}:  # merged
+        _set_flags(student, flags)
+
+
+def _set_flags(student: nn.Module, flags: dict[str, bool]) -> None:
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(flags[name])
+
+
+def _merge(model: Any, student: Any) -> None:
+    plain = merged(model)
+    assert plain is student, "peft gave back another model than the one it wrapped"

@@ -1,0 +1,259 @@
+"""transformers' Trainer as every stage uses it: one device, a loss log, checkpoints of what trains alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from ..errors import UserError
+from .feed import Item, Stack
+from .options import TrainOptions
+from .parameters import HALF, optimizer_groups
+from .work import LOG_FILE, TRAINABLE_FILE, checkpoint_step, full_disk_said
+
+_SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def _arguments(options: TrainOptions, folder: Path, max_steps: int, save: bool) -> TrainingArguments:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training runs on one device: start it without torchrun or accelerate launch")
+    kind, _, index = (options.device or "auto").partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps", "xpu") or index not in ("", "0"):
+        raise UserError(f"--device {options.device}: name a kind (cpu, cuda); CUDA_VISIBLE_DEVICES chooses the card")
+    on_cpu = kind == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=max_steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=_SCHEDULERS[options.schedule],
+        warmup_steps=round(options.warmup * max_steps),
+        max_grad_norm=options.max_grad_norm,
+        seed=options.seed,
+        use_cpu=on_cpu,
+        save_strategy="steps" if save else "no",
+        save_steps=options.save_steps,
+        save_total_limit=1,
+        logging_steps=options.log_steps,
+        # a NaN must be seen, not averaged away
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all",
+        dataloader_drop_last=True,
+        dataloader_pin_memory=not on_cpu and torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    if kind in ("cuda", "mps", "xpu") and arguments.device.type != kind:
+        raise UserError(f"--device {options.device}: there is none here; this machine has {arguments.device.type}")
+    # with several cards the Trainer would wrap the model in DataParallel, which cannot see into a layer
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+class _Pace(TrainerCallback):
+    """A bar on stderr; a line in the log wherever a checkpoint is, so that a resumed log is the same log."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.title,
+            file=sys.stderr,
+            mininterval=interval,
+            dynamic_ncols=True,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.bar is not None and "loss" in (logs or {}):
+            self.bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class StageTrainer(Trainer):
+    """A stage gives `step_losses`; this class gives it the loop, the optimizer, the log and the checkpoints.
+
+    `model` is what trains (its `requires_grad` parameters), `student` the converted model inside. `folder`
+    takes checkpoints every `options.save_steps` when `save`, and `loss.jsonl` always: a line each
+    `options.log_steps` with `stage`, `step`, `tokens`, `loss`, `lr` and the stage's own parts of the loss,
+    means over the steps since the last line.
+    """
+
+    title = "train"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        student: Any,
+        dataset: Dataset[Item],
+        options: TrainOptions,
+        folder: Path,
+        *,
+        max_steps: int,
+        save: bool,
+        teacher: Any = None,
+    ) -> None:
+        self.options = options
+        self.folder = folder
+        self.student = student
+        self.pace = _Pace(self.title)
+        super().__init__(
+            model=model,
+            args=_arguments(options, folder, max_steps, save),
+            train_dataset=dataset,
+            data_collator=Stack(student.config.vocab_size),
+            callbacks=[self.pace],
+        )
+        self.remove_callback(PrinterCallback)  # it prints to stdout
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.to(self.args.device)
+        self.half = self._runs_in_half()
+        self._sums: dict[str, Tensor] = {}
+        self._last_line = 0
+
+    # -- precision
+
+    def _runs_in_half(self) -> bool:
+        models = [self.student] + ([self.teacher] if self.teacher is not None else [])
+        loaded_half = any(parameter.dtype in HALF for model in models for parameter in model.parameters())
+        if self.options.precision == "fp32" and loaded_half:
+            raise UserError("--precision fp32 needs weights in fp32: load both models with --dtype float32")
+        if self.options.precision == "auto":
+            on_gpu = self.args.device.type == "cuda" and torch.cuda.is_bf16_supported()
+            double = any(parameter.dtype == torch.float64 for parameter in self.student.parameters())
+            return loaded_half or (on_gpu and not double)
+        return self.options.precision == "bf16"
+
+    def autocast(self, enabled: bool = True) -> torch.autocast:
+        """bf16 where the run has it. No cache of cast weights: it would hold a frozen fp32 model again."""
+        kind = self.args.device.type
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=enabled and self.half, cache_enabled=False)
+
+    # -- the loop
+
+    def step_losses(self, inputs: Item, num_items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward of one batch: its detached share of the step's loss, and parts for the log."""
+        raise NotImplementedError
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        loss, parts = self.step_losses(inputs, num_items_in_batch)
+        for name, value in parts.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if not math.isfinite(loss.item()):
+            self.stop_not_finite(f"the loss is {loss.item()}{self.blame(parts)}")
+        return loss
+
+    def blame(self, parts: dict[str, Tensor]) -> str:
+        """Where in the model a loss that is not finite comes from, if the stage can tell."""
+        return ""
+
+    def stop_not_finite(self, what: str) -> None:
+        kept = f" The last checkpoint is kept in {self.folder}." if self.args.save_strategy != "no" else ""
+        raise UserError(
+            f"{what} at step {self.state.global_step + 1}: lower --learning-rate or lengthen --warmup.{kept}"
+        )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # called once a step before the optimizer: the last moment at which the parameters are still good
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(float(norm)):
+            bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            where = f" (first in {bad[0]})" if bad else ""
+            self.stop_not_finite(f"the gradient's norm is {float(norm)}{where}")
+        return norm
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(
+                optimizer_groups(model or self._whole(), self.options),
+                lr=self.options.learning_rate,
+                betas=(self.options.beta1, self.options.beta2),
+                fused=self.args.device.type == "cuda",
+            )
+        return self.optimizer
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Trains to the end, from `checkpoint` if any. Raises UserError for a loss or gradient not finite."""
+        if checkpoint is not None and checkpoint_step(checkpoint) >= self.args.max_steps:
+            self._load_from_checkpoint(str(checkpoint))
+            return
+        self._last_line = checkpoint_step(checkpoint) if checkpoint else 0
+        try:
+            with full_disk_said(self.folder):
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            self.pace.close()
+
+    # -- the log
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if "loss" not in logs:
+            return
+        line: dict[str, Any] = {
+            "stage": self.title,
+            "step": self.state.global_step,
+            "tokens": self.state.num_input_tokens_seen,
+            "loss": logs["loss"],
+            "lr": logs["learning_rate"],
+        }
+        steps = self.state.global_step - self._last_line
+        for name, total in self._sums.items():
+            line[name] = (total / steps).tolist()
+        self._sums = {}
+        self._last_line = self.state.global_step
+        with open(self.folder / LOG_FILE, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    # -- checkpoints: the frozen weights are in STUDENT already
+
+    def _whole(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._whole().named_parameters() if p.requires_grad}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        target = Path(output_dir or self.folder)
+        target.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().contiguous() for name, p in self._trainable().items()}, target / TRAINABLE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / TRAINABLE_FILE)
+        trainable = self._trainable()
+        if saved.keys() != trainable.keys():
+            raise UserError(f"{resume_from_checkpoint} holds other parameters than those that train now")
+        with torch.no_grad():
+            for name, parameter in trainable.items():
+                parameter.copy_(saved[name])

@@ -1,0 +1,116 @@
+"""The work folder of a stage: checkpoints, the loss log, and what the run was started with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import UserError
+from ..output import is_disk_full
+
+RUN_FILE = "run.json"
+LOG_FILE = "loss.jsonl"
+TRAINABLE_FILE = "trainable.safetensors"
+# a checkpoint may be read on other hardware and saved or logged at another pace
+_FREE = ("save_steps", "log_steps", "device")
+
+
+def start_hash(model: nn.Module) -> str:
+    """Names, shapes and the first values of every parameter: tells another start from this one at once."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().flatten()[:16].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole: the Trainer writes `trainer_state.json` last."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return max(found, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def open_work(folder: Path, run: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
+    """Makes `folder` ready for `run` (plain data) and gives the checkpoint to go on from, if any.
+
+    Raises UserError when a checkpoint is there and neither `resume` nor `overwrite` says what to do with it,
+    or when the run to resume was started with other options, data or weights.
+    """
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None and not resume and not overwrite:
+        raise UserError(
+            f"{folder} holds an unfinished run at step {checkpoint_step(checkpoint)}: "
+            "pass --resume to go on, --overwrite to start anew"
+        )
+    if checkpoint is not None and resume:
+        _check_same_run(folder, json.loads((folder / RUN_FILE).read_text()), run)
+        _cut_log(folder / LOG_FILE, checkpoint_step(checkpoint))
+        return checkpoint
+    if folder.exists():
+        _clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
+    return None
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a run left, and nothing else that may lie in a folder of the person's own."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    for name in (RUN_FILE, LOG_FILE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _check_same_run(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    now = json.loads(json.dumps(now))
+    if before.get("start") != now.get("start"):
+        raise UserError(
+            f"{folder} belongs to a run that started from other weights: resume it with the same STUDENT, "
+            "or pass --overwrite to start anew"
+        )
+    changed = [
+        f"{where}{key} was {old.get(key)!r} and is {new.get(key)!r}"
+        for where, old, new in (("", before, now), ("--", before.get("options", {}), now.get("options", {})))
+        for key in sorted(set(old) | set(new))
+        if key not in (*_FREE, "options", "start") and old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} was started differently: {'; '.join(changed)}. Resume with the same options, "
+            "or pass --overwrite to start anew"
+        )
+
+
+def _cut_log(log: Path, step: int) -> None:
+    """Drops the lines after `step`: they are written again, and again the same."""
+    if log.is_file():
+        kept = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        log.write_text("".join(line + "\n" for line in kept))
+
+
+@contextmanager
+def full_disk_said(folder: Path) -> Iterator[None]:
+    """One message for a disk that fills while a checkpoint is written. The checkpoint before it is kept."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        free = shutil.disk_usage(folder).free
+        raise UserError(
+            f"the disk is full: a checkpoint could not be written in {folder} ({free / 2**20:.0f} MiB free). "
+            "Free some space, or pass --work-dir on another disk, then --resume"
+        ) from error

@@ -1,0 +1,131 @@
+"""Click options made from option dataclasses, and the groups of options that verbs share."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+import click
+
+from .errors import UsageError
+
+Command = Callable[..., Any]
+
+
+def _plain(annotation: Any) -> Any:
+    """The type behind `X | None`."""
+    if isinstance(annotation, types.UnionType):
+        return next(part for part in typing.get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def dataclass_options(*kinds: type, skip: tuple[str, ...] = ()) -> Callable[[Command], Command]:
+    """One flag a field of the dataclasses, None where it is not given, so that each class keeps its own default."""
+
+    def decorate(command: Command) -> Command:
+        seen: dict[str, list[str]] = {}
+        helps: dict[str, tuple[Any, str]] = {}
+        for kind in kinds:
+            hints = typing.get_type_hints(kind)
+            for entry in fields(kind):
+                if entry.name in skip:
+                    continue
+                default = "" if entry.default in (None, MISSING) else str(entry.default)
+                seen.setdefault(entry.name, []).append(default)
+                helps[entry.name] = (_plain(hints[entry.name]), entry.metadata.get("help", ""))
+        for name, (kind_of, text) in reversed(helps.items()):
+            flag = "--" + name.replace("_", "-")
+            defaults = [value for value in dict.fromkeys(seen[name]) if value]
+            shown = f"{text}  [default: {' or '.join(defaults)}]" if defaults else text
+            if typing.get_origin(kind_of) is not None:  # a mapping, given as REGEX=NUMBER
+                command = click.option(flag, name, multiple=True, metavar="REGEX=NUMBER", help=shown)(command)
+            elif kind_of is bool:
+                command = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=shown)(command)
+            else:
+                command = click.option(flag, name, type=kind_of, default=None, help=shown)(command)
+        return command
+
+    return decorate
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given; `lr_scale` pairs become a mapping."""
+    chosen = {name: value for name, value in options.items() if value is not None and value != ()}
+    if "lr_scale" in chosen:
+        chosen["lr_scale"] = {
+            key: _number("--lr-scale", value) for key, value in _pairs("--lr-scale", chosen["lr_scale"])
+        }
+    return chosen
+
+
+def _pairs(flag: str, texts: tuple[str, ...]) -> list[tuple[str, str]]:
+    pairs = []
+    for text in texts:
+        name, equals, value = text.rpartition("=")
+        if not equals or not name:
+            raise UsageError(f"{flag} wants NAME=VALUE, got {text!r}")
+        pairs.append((name, value))
+    return pairs
+
+
+def _number(flag: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{flag}: {text!r} is not a number") from None
+
+
+def mixer_options(texts: tuple[str, ...], **named: Any) -> dict[str, Any]:
+    """`--mixer-option key=value` pairs (numbers and true or false read as such) beside the named ones."""
+    values: dict[str, Any] = {}
+    for name, text in _pairs("--mixer-option", texts):
+        lowered = text.lower()
+        if lowered in ("true", "false"):
+            values[name] = lowered == "true"
+        elif text.lstrip("-").isdigit():
+            values[name] = int(text)
+        else:
+            values[name] = text
+    return values | given(named)
+
+
+def model_options(command: Command) -> Command:
+    """Where MODEL comes from and how it is loaded."""
+    for option in (
+        click.option("--trust-remote-code", is_flag=True, help="Run code that the model's repository ships."),
+        click.option("--gguf-file", metavar="NAME", help="Read the weights from this GGUF file of MODEL."),
+        click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub."),
+    ):
+        command = option(command)
+    return command
+
+
+def run_options(command: Command) -> Command:
+    """Precision and place."""
+    for option in (
+        click.option("--device", default=None, help="cpu, cuda, cuda:1, mps.  [default: the accelerator, else cpu]"),
+        click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or as stored."),
+    ):
+        command = option(command)
+    return command
+
+
+def swap_options(command: Command) -> Command:
+    """What `convert` and `plan` share."""
+    for option in (
+        click.option("--mixer-option", "extra", multiple=True, metavar="KEY=VALUE", help="Any other of the mixer's."),
+        click.option("--state-heads", default=None, help="key: a state a key head (default); query: a query head."),
+        click.option("--feature-dim", type=int, default=None, help="based: channels of the projection (16)."),
+        click.option("--feature-map", default=None, help="hedgehog, t2r, elu, softmax or identity."),
+        click.option(
+            "--sinks", type=int, default=None, help="First tokens always visible.  [default: 1 with a window]"
+        ),
+        click.option("--window", type=int, default=None, help="Keys of exact softmax, 0 for none.  [default: 64]"),
+        click.option("--keep-softmax", metavar="WHAT", help="Leave softmax: 0,7,14 | every:6 | heads:18.6,17.3."),
+        click.option("--to", required=True, metavar="MIXER", help="linear, retention, gla, mamba2, based."),
+    ):
+        command = option(command)
+    return command

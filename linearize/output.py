@@ -1,0 +1,136 @@
+"""Output folders that are whole or not there: written beside their final name, renamed when complete."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import UsageError, UserError
+
+# A folder without any of these was not made by this package: --overwrite will not delete it.
+_OURS = ("linearize.json", "config.json", "adapter_config.json")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_SAID = (
+    "os error 28",  # safetensors
+    "No space left on device",
+    "PytorchStreamWriter failed",  # torch.save, while writing and while closing
+    ". unexpected pos ",
+)
+
+
+def check_new(out: str | Path, *, overwrite: bool = False) -> Path:
+    """`out` as a path with `~` expanded, when a folder may be made there; call it before hours of work.
+
+    Raises:
+        UsageError: `out` exists and `overwrite` is off, or it is something that must not be replaced.
+        UserError: its parent cannot be written to.
+    """
+    path = Path(out).expanduser()
+    if not path.name or path.name == "..":
+        raise UsageError(f"-o/--out: {str(out)!r} names no new folder; give it a name, as -o {path / 'student'}")
+    if os.path.lexists(path):
+        if not path.is_dir() or path.is_symlink():
+            raise UsageError(f"-o/--out: {path} exists and is not a folder; choose another name")
+        if not overwrite:
+            raise UsageError(f"-o/--out: {path} exists; choose another name, or pass --overwrite to replace it")
+        where = path.resolve()
+        if where == Path.home() or where in (Path.cwd(), *Path.cwd().parents):
+            raise UsageError(f"-o/--out: {path} is the home folder or the one you stand in, and is not overwritten")
+        if any(path.iterdir()) and not any((path / name).is_file() for name in _OURS):
+            raise UsageError(
+                f"-o/--out: {path} holds no model ({' or '.join(_OURS)}), so --overwrite leaves it alone; "
+                "choose another name, or remove it yourself"
+            )
+    ancestor = _nearest(path)
+    if not ancestor.is_dir():
+        raise UsageError(f"-o/--out: {ancestor} is a file, so {path} cannot be made; choose another name")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise UserError(f"-o/--out: no permission to write in {ancestor}; choose another folder")
+    return path
+
+
+@contextmanager
+def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Gives a temporary folder beside `out`; it becomes `out` when the body ends well and is removed when it
+    raises.
+
+    With `overwrite`, a folder that is at `out` already stays as it is until the new one is whole.
+
+    Raises:
+        UsageError: `out` exists and `overwrite` is off (before the body runs), see `check_new`.
+        UserError: the disk is full, or `out` cannot be written to.
+    """
+    path = check_new(out, overwrite=overwrite)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    made = [parent for parent in path.absolute().parents if not os.path.lexists(parent)]
+    try:
+        _remove(partial)  # left by a killed process of the same id
+        partial.mkdir(parents=True)
+        yield partial
+        check_new(path, overwrite=overwrite)  # someone else may have been quicker
+        _put_in_place(partial, path)
+    except UserError:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            raise UserError(_full_message(path)) from error
+        if isinstance(error, PermissionError):
+            raise UserError(f"-o/--out: cannot write {path}: {error}") from error
+        raise
+    finally:
+        _remove(partial)
+        for parent in made:  # innermost first; one that holds OUT, or anything else, stays
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether `error`, or what caused it, is the disk being full: OSError, or what safetensors and torch make
+    of it."""
+    while error is not None:
+        said = str(error)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if any(sign in said for sign in _FULL_SAID):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _full_message(path: Path) -> str:
+    there = _nearest(path)
+    free = shutil.disk_usage(there).free
+    return (
+        f"the disk is full: {path} could not be written ({free / 2**20:.0f} MiB are free in {there}); what was "
+        "written of it is removed; free some space, or give -o a folder on another disk"
+    )
+
+
+def _nearest(path: Path) -> Path:
+    """The innermost folder above `path` that exists."""
+    return next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Renames `partial` to `path`, replacing a folder there; a failure leaves the old folder in place."""
+    if not os.path.lexists(path):
+        partial.rename(path)
+        return
+    old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    _remove(old)
+    path.rename(old)
+    try:
+        partial.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    if os.path.lexists(folder):
+        shutil.rmtree(folder)

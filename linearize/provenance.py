@@ -1,0 +1,116 @@
+"""`linearize.json`: where a folder comes from, told beside its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shlex
+import struct
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+FILE = "linearize.json"
+_BLOCK = 4096
+_BLOCKS = 64
+
+
+def record(
+    *,
+    command: str | Sequence[str],
+    stage: str,
+    parent: str | Path | None = None,
+    **facts: Any,
+) -> dict[str, Any]:
+    """What made a folder, as plain data: command, stage, versions, UTC time, the parent and its hash, and
+    `facts`.
+
+    `parent` is the folder or the .gguf file that the work started from, or a Hub id (which has no hash). What
+    the parent's own `linearize.json` says goes into `history`, oldest first, so the last folder tells the
+    whole way.
+    """
+    made: dict[str, Any] = {
+        "stage": stage,
+        "command": command if isinstance(command, str) else shlex.join(command),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        **facts,
+    }
+    if parent is not None:
+        path = Path(parent).expanduser()
+        made["parent"] = str(parent)
+        made["parent_hash"] = parent_hash(path) if path.exists() else None
+        before = read(path) if path.is_dir() else None
+        if before is not None:
+            earlier = before.pop("history", [])
+            made["history"] = [*earlier, before]
+    return made
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("linearize", "torch", "transformers", "peft"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout
+            found[name] = "unknown"
+    return found
+
+
+def write(folder: str | Path, record: dict[str, Any]) -> None:
+    """Writes `record` (plain data) to `folder`'s linearize.json."""
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n"
+    (Path(folder) / FILE).write_text(text, encoding="utf-8")
+
+
+def read(folder: str | Path) -> dict[str, Any] | None:
+    """The record of `folder`, None where there is none. Raises UserError for one that is no JSON object."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); repair or remove it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object; repair or remove it")
+    return found
+
+
+def parent_hash(path: str | Path) -> str:
+    """sha256 that tells one checkpoint from another in milliseconds: not a checksum of every byte.
+
+    Over config.json and, for each safetensors file, its name, size, header and 64 blocks of 4 KiB spread over
+    it (headers alone are the same before and after training). A .gguf file: size and blocks.
+    """
+    path = Path(path)
+    digest = hashlib.sha256()
+    if path.is_file():
+        _add_sample(digest, path)
+        return digest.hexdigest()
+    for name in ("config.json", "adapter_config.json"):
+        if (path / name).is_file():
+            digest.update((path / name).read_bytes())
+    for shard in sorted(path.glob("*.safetensors")):
+        digest.update(f"{shard.name}\0".encode())
+        with shard.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) == 8:
+                digest.update(file.read(min(struct.unpack("<Q", prefix)[0], 100 << 20)))
+        _add_sample(digest, shard)
+    return digest.hexdigest()
+
+
+def _add_sample(digest: Any, path: Path) -> None:
+    size = path.stat().st_size
+    digest.update(f"{size}\0".encode())
+    with path.open("rb") as file:
+        for block in range(_BLOCKS):
+            file.seek(max(size - _BLOCK, 0) * block // (_BLOCKS - 1))
+            digest.update(file.read(_BLOCK))

@@ -1,0 +1,148 @@
+"""Output folders are whole or not there, and say where they come from."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from linearize import provenance
+from linearize.errors import UsageError, UserError
+from linearize.output import check_new, new_folder
+
+
+def fill(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_folder_appears_only_when_whole(tmp_path):
+    out = tmp_path / "deep" / "student"
+    with new_folder(out) as partial:
+        assert partial.parent == out.parent and partial.name.startswith(".student.partial-")
+        fill(partial, "new")
+        assert not out.exists()
+    assert entries(out) == ["config.json"]
+    assert entries(out.parent) == ["student"]
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    out = tmp_path / "deep" / "er" / "student"
+    with pytest.raises(KeyboardInterrupt), new_folder(out) as partial:
+        fill(partial, "half")
+        raise KeyboardInterrupt
+    assert entries(tmp_path) == []
+
+
+def test_existing_folder_is_refused_before_the_body(tmp_path):
+    out = tmp_path / "student"
+    out.mkdir()
+    fill(out, "old")
+    with pytest.raises(UsageError, match="--overwrite"), new_folder(out):
+        pytest.fail("the body ran")
+    assert (out / "config.json").read_text() == "old"
+
+
+def test_overwrite_replaces_only_when_whole(tmp_path):
+    out = tmp_path / "student"
+    out.mkdir()
+    fill(out, "old")
+    (out / "stale").write_text("")
+    with pytest.raises(RuntimeError), new_folder(out, overwrite=True):
+        raise RuntimeError("half way")
+    assert (out / "config.json").read_text() == "old"
+    with new_folder(out, overwrite=True) as partial:
+        fill(partial, "new")
+        assert (out / "config.json").read_text() == "old"
+    assert entries(out) == ["config.json"] and (out / "config.json").read_text() == "new"
+    assert entries(tmp_path) == ["student"]
+
+
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
+    out = tmp_path / "student"
+    with pytest.raises(UsageError, match="exists"), new_folder(out) as partial:
+        fill(partial, "mine")
+        out.mkdir()
+        fill(out, "theirs")
+    assert (out / "config.json").read_text() == "theirs"
+    assert entries(tmp_path) == ["student"]
+
+
+def test_overwrite_spares_what_is_no_model(tmp_path, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat.jpg").write_text("cat")
+    with pytest.raises(UsageError, match="holds no model"):
+        check_new(photos, overwrite=True)
+    fill(photos, "{}")
+    assert check_new(photos, overwrite=True) == photos
+    monkeypatch.chdir(photos)
+    with pytest.raises(UsageError, match="you stand in"):
+        check_new(photos, overwrite=True)
+    with pytest.raises(UsageError, match="not a folder"):
+        check_new(photos / "cat.jpg", overwrite=True)
+    with pytest.raises(UsageError, match="is a file"):
+        check_new(photos / "cat.jpg" / "out")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed writing file data/0"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2838656 vs 2838608"),
+    ],
+)
+def test_full_disk_is_said(tmp_path, error):
+    with pytest.raises(UserError, match=r"is full.*MiB are free") as caught, new_folder(tmp_path / "out"):
+        raise error
+    assert caught.value.exit_code == 1
+    assert entries(tmp_path) == []
+
+
+def test_other_errors_pass_unchanged(tmp_path):
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "out"):
+        raise ZeroDivisionError
+
+
+def checkpoint(folder: Path, value: float) -> Path:
+    folder.mkdir()
+    fill(folder, "{}")
+    save_file({"weight": torch.full((64, 64), value)}, folder / "model.safetensors")
+    return folder
+
+
+def test_parent_hash_tells_values_apart(tmp_path):
+    one, same, other = (checkpoint(tmp_path / str(i), v) for i, v in enumerate((1.0, 1.0, 2.0)))
+    assert provenance.parent_hash(one) == provenance.parent_hash(same)
+    assert provenance.parent_hash(one) != provenance.parent_hash(other)  # same shapes, other weights
+    fill(same, '{"changed": 1}')
+    assert provenance.parent_hash(one) != provenance.parent_hash(same)
+
+
+def test_record_carries_the_whole_history(tmp_path):
+    teacher, swapped, distilled = (checkpoint(tmp_path / name, 1.0) for name in ("t", "s", "d"))
+    provenance.write(
+        swapped, provenance.record(command=["linearize", "convert", "a b"], stage="convert", parent=teacher)
+    )
+    provenance.write(distilled, provenance.record(command="x", stage="transfer", parent=swapped, tokens=7))
+    last = provenance.record(command="y", stage="logits", parent=distilled)
+    assert [entry["stage"] for entry in last["history"]] == ["convert", "transfer"]
+    assert last["history"][0]["command"] == "linearize convert 'a b'"
+    assert last["history"][1]["tokens"] == 7 and "history" not in last["history"][1]
+    assert last["parent_hash"] == provenance.parent_hash(distilled)
+    assert last["versions"]["torch"] == torch.__version__
+    assert provenance.read(teacher) is None
+    assert json.loads((swapped / "linearize.json").read_text()) == provenance.read(swapped)
+    (swapped / "linearize.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        provenance.read(swapped)
