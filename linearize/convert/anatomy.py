@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from ..errors import UserError
 from ..modeling import AttentionAnatomy, LinearizeConfig
@@ -31,15 +31,22 @@ def family_of(config: PreTrainedConfig) -> Family:
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     known = ", ".join(sorted(FAMILIES))
+    if type(config) in AutoModelForMaskedLM._model_mapping:
+        raise UserError(f"{model_type!r} is an encoder; linearize converts decoder-only language models: {known}")
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UserError(f"{model_type!r} is no causal language model (an encoder?); linearize converts {known}")
+        raise UserError(f"{model_type!r} is no causal language model; linearize converts {known}")
     near = difflib.get_close_matches(model_type, FAMILIES, n=1)
     hint = f" (nearest: {near[0]})" if near else ""
     raise UserError(f"architecture {model_type!r} is not supported{hint}; there are: {known} ('linearize ls families')")
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The teacher's class without weights, on the meta device: shapes and names in a second, whatever its size."""
+    """The teacher's class without weights, on the meta device: shapes and names in a second, whatever its size.
+
+    Raises:
+        UserError: as `family_of`.
+    """
+    family_of(config)
     # A config as old as its checkpoint makes transformers warn about fields that conversion does not touch.
     logger = logging.getLogger("transformers")
     level = logger.level

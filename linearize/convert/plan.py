@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,20 +14,32 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UsageError
-from ..modeling import MIXERS, SOFTMAX, LinearizeConfig, LinearizeForCausalLM
+from ..modeling import MIXERS, SOFTMAX, LinearizeConfig, LinearizeForCausalLM, Mixer
 from .anatomy import meta_model, read_anatomy
 from .estimates import convert_estimate, distill_estimate
 from .keep import kept_heads
 
 DEFAULT_WINDOW, DEFAULT_SINKS = 64, 1
+_OF_THE_ANATOMY = ("num_heads", "num_kv_heads", "head_dim", "hidden_size", "scale")
 
 
 def check_mixer(name: str) -> None:
     """Raises UsageError, with the nearest name, where there is no such mixer."""
     if name not in MIXERS:
         near = difflib.get_close_matches(name, MIXERS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise UsageError(f"--to: there is no mixer {name!r}{hint} There are: {', '.join(sorted(MIXERS))}")
+
+
+def mixer_option_names(to: str) -> dict[str, type]:
+    """What `mixer_options` may hold for the mixer `to`, with each option's type; the anatomy gives the rest."""
+    names: dict[str, type] = {}
+    for cls in reversed(MIXERS[to].__mro__):
+        if issubclass(cls, Mixer):
+            for name, parameter in inspect.signature(cls.__init__).parameters.items():
+                if parameter.kind is parameter.KEYWORD_ONLY and name not in _OF_THE_ANATOMY:
+                    names[name] = type(parameter.default)
+    return names
 
 
 def student_config(
@@ -68,6 +81,14 @@ def student_config(
 
 
 def _check_options(to: str, anatomy: Any, options: dict[str, Any]) -> None:
+    known = mixer_option_names(to)
+    for name, value in options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise UsageError(f"the mixer {to} has no option {name!r}{hint} It has: {', '.join(sorted(known))}")
+        if type(value) is not known[name]:
+            raise UsageError(f"the mixer's option {name} must be {known[name].__name__}, got {value!r}")
     with torch.device("meta"):
         try:
             MIXERS[to](
@@ -77,8 +98,6 @@ def _check_options(to: str, anatomy: Any, options: dict[str, Any]) -> None:
                 hidden_size=anatomy.hidden_size,
                 **options,
             )
-        except TypeError as error:
-            raise UsageError(f"{to} takes no such option: {error}") from error
         except ValueError as error:
             raise UsageError(str(error)) from error
 

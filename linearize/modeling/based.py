@@ -23,7 +23,7 @@ class Based(NormalizedMixer):
         feature_dim: channels d of the projection; the state holds 1 + d + d (d + 1) / 2 keys (153 for 16).
     """
 
-    START_GAIN = -6.0  # the expansion is coarse far from zero, so untrained it should say little beside a window
+    START_GAIN = -7.0  # the expansion is coarse far from zero, so untrained it should say little beside a window
     summary = "Based: second-order Taylor linear attention on a 16-channel projection, normalised"
 
     def __init__(self, *, feature_dim: int = 16, **kwargs: Any) -> None:

@@ -32,7 +32,7 @@ class GLA(DecayingMixer):
     def __init__(self, *, gate_rank: int = 16, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if gate_rank < 1:
-            raise ValueError(f"--gate-rank must be at least 1, got {gate_rank}")
+            raise ValueError(f"--mixer-option gate_rank must be at least 1, got {gate_rank}")
         assert self.hidden_size is not None
         self.gate_down = nn.Parameter(torch.empty(gate_rank, self.hidden_size))
         self.gate_up = nn.Parameter(torch.empty(self.num_states * self.map_k.size, gate_rank))
