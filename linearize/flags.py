@@ -79,38 +79,59 @@ def _number(flag: str, text: str) -> float:
 
 
 def mixer_options(texts: tuple[str, ...], **named: Any) -> dict[str, Any]:
-    """`--mixer-option key=value` pairs (numbers and true or false read as such) beside the named ones."""
+    """`--mixer-option key=value` pairs (numbers and true or false read as such) beside the named ones.
+
+    Raises:
+        UsageError: a text that is no pair, or an option that has a flag of its own.
+    """
     values: dict[str, Any] = {}
     for name, text in _pairs("--mixer-option", texts):
-        lowered = text.lower()
-        if lowered in ("true", "false"):
-            values[name] = lowered == "true"
-        elif text.lstrip("-").isdigit():
-            values[name] = int(text)
-        else:
-            values[name] = text
+        if name in (*named, "window", "sinks"):
+            raise UsageError(f"--mixer-option {name}: it has a flag of its own, --{name.replace('_', '-')} {text}")
+        values[name] = _value(text)
     return values | given(named)
 
 
-def model_options(command: Command) -> Command:
-    """Where MODEL comes from and how it is loaded."""
-    for option in (
-        click.option("--trust-remote-code", is_flag=True, help="Run code that the model's repository ships."),
-        click.option("--gguf-file", metavar="NAME", help="Read the weights from this GGUF file of MODEL."),
-        click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub."),
-    ):
-        command = option(command)
-    return command
+def _value(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
-def run_options(command: Command) -> Command:
-    """Precision and place."""
-    for option in (
-        click.option("--device", default=None, help="cpu, cuda, cuda:1, mps.  [default: the accelerator, else cpu]"),
-        click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or as stored."),
-    ):
-        command = option(command)
-    return command
+def model_options(whose: str = "MODEL") -> Callable[[Command], Command]:
+    """Where a model comes from and how it is loaded; `whose` says which of a verb's models is meant."""
+
+    def decorate(command: Command) -> Command:
+        for option in (
+            click.option("--trust-remote-code", is_flag=True, help=f"Run code that the repository of {whose} ships."),
+            click.option("--gguf-file", metavar="NAME", help=f"Read the weights from this GGUF file of {whose}."),
+            click.option("--revision", metavar="REV", help=f"Branch, tag or commit of {whose} on the Hub."),
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def run_options(default: str = "the accelerator, else cpu") -> Callable[[Command], Command]:
+    """Precision and place; `default` says which place."""
+
+    def decorate(command: Command) -> Command:
+        for option in (
+            click.option("--device", default=None, help=f"cpu, cuda, cuda:1, mps.  [default: {default}]"),
+            click.option(
+                "--dtype", default="auto", show_default=True, help="float32, bfloat16, float16; auto: as stored."
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def swap_options(command: Command) -> Command:

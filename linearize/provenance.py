@@ -54,11 +54,13 @@ def record(
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("linearize", "torch", "transformers", "peft"):
+    from . import __version__
+
+    found = {"python": platform.python_version(), "linearize": __version__}
+    for name in ("torch", "transformers", "peft"):
         try:
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout
+        except metadata.PackageNotFoundError:  # convert and eval do without peft
             found[name] = "unknown"
     return found
 

@@ -629,6 +629,7 @@ def test_a_spec_is_packed_with_the_stage_options(teacher, monkeypatch, tmp_path)
 
     monkeypatch.setattr(data, "pack", pack)
     text = str(Path(tmp_path) / "text.txt")
+    Path(text).write_text("some text")
     distill(
         student_of(teacher),
         teacher,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import provenance
+from ..errors import UsageError
 from ..output import check_new, new_folder
-from ..source import ModelSource, load_config, load_model, load_tokenizer
-from .anatomy import meta_model
-from .plan import Plan, check_mixer, describe, student_config
+from ..source import ModelSource, load_config, load_model, load_tokenizer, parse_device, parse_dtype
+from .plan import Plan, check_mixer, describe, plan
 from .swap import convert
+
+_SIZE = re.compile(r"0*[1-9]\d*(\.\d+)?[KMGT]B", re.IGNORECASE)
 
 
 def convert_folder(
@@ -26,6 +29,7 @@ def convert_folder(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     seed: int = 0,
+    dry_run: bool = False,
     command: list[str] | str = "linearize.convert",
     **options: Any,
 ) -> Plan:
@@ -37,6 +41,7 @@ def convert_folder(
         source: the teacher.
         to, options: as in `convert`.
         out: a folder that is not there yet, or is to be replaced with `overwrite`.
+        dry_run: check the same, read no weights, and write nothing.
 
     Returns:
         What was made, as `plan` tells it.
@@ -46,9 +51,17 @@ def convert_folder(
     """
     check_mixer(to)
     path = check_new(out, overwrite=overwrite)
-    student_config(meta_model(load_config(source)), to, **options)
+    if not _SIZE.fullmatch(max_shard_size):
+        raise UsageError(f"--max-shard-size: {max_shard_size!r} is no size; give one such as 5GB or 500MB")
+    chosen, place = parse_dtype(dtype), parse_device(device)
+    config = load_config(source)
+    if isinstance(chosen, torch.dtype):
+        config.dtype = chosen
+    planned = plan(config, to, **options)
+    if dry_run:
+        return planned
     tokenizer = load_tokenizer(source)
-    teacher = load_model(source, dtype=dtype, device=device)
+    teacher = load_model(source, dtype=chosen, device=place)
     student = convert(teacher, to, share_memory=True, seed=seed, **options)
     made = describe(student, teacher, to)
     with new_folder(path, overwrite=overwrite) as folder:
@@ -57,7 +70,7 @@ def convert_folder(
         record = provenance.record(
             command=command,
             stage="convert",
-            parent=source.model if Path(source.model).is_dir() else None,
+            parent=source.model if source.gguf_file is None else str(Path(source.model) / source.gguf_file),
             teacher=source.describe(),
             mixer=to,
             mixer_options=made.mixer_options,

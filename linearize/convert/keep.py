@@ -31,6 +31,8 @@ def kept_heads(keep: str | Sequence[int] | None, anatomies: Sequence[AttentionAn
 
     if keep is None or keep == "" or keep == []:
         return {}
+    if isinstance(keep, str):
+        keep = keep.replace(" ", "")
     if not isinstance(keep, str):
         layers = [layer(index) for index in keep]
     elif match := re.fullmatch(r"every:([1-9]\d*)", keep):

@@ -6,15 +6,14 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch.utils.data import Dataset
+from typing import TYPE_CHECKING, Any
 
 from .. import provenance
+from ..device import chosen_device
 from ..errors import UsageError, UserError
 from ..output import check_new, new_folder
-from . import stages
-from .feed import Item, packed, split
+from ..rows import TextSource
+from .feed import packed, split
 from .options import (
     STAGES,
     FinetuneOptions,
@@ -24,8 +23,13 @@ from .options import (
     check_overrides,
     with_overrides,
 )
-from .stages import Place, StageResult
-from .work import LOG_FILE
+from .work import LOG_FILE, Place
+
+if TYPE_CHECKING:  # stages imports transformers' Trainer, which takes a second: each verb does when it trains
+    from torch.utils.data import Dataset
+
+    from .feed import Item
+    from .stages import StageResult
 
 TRANSFER_SHARE = 1 / 3
 
@@ -46,6 +50,7 @@ def distill(
     isolate: bool = False,
     text_field: str = "text",
     command: list[str] | str = "linearize.distill",
+    dtype: Any = None,
     **options: Any,
 ) -> Any:
     """Brings a converted student near its teacher; trains `student` in place and returns it.
@@ -62,6 +67,7 @@ def distill(
         transfer, logits: a stage's options; `options` overrides fields of both (`batch_size=4`).
         resume: go on from the last checkpoint; the loss trace is the one of a run that never stopped.
         isolate: documents do not see each other, though packed together.
+        dtype: of the models that are loaded here, as stored by default; one that is in memory stays as it is.
 
     Returns:
         The student, in evaluation mode; on `student.distillation` the list of `StageResult`.
@@ -84,9 +90,12 @@ def distill(
     first = with_overrides(transfer or TransferOptions(), _share(options, budget, TRANSFER_SHARE, both))
     second = with_overrides(logits or LogitOptions(), _share(options, budget, 1 - TRANSFER_SHARE, both))
     output = _checked(output, overwrite)
-    student, tokenizer = _loaded_student(student, tokenizer)
-    teacher = _loaded_teacher(teacher)
     place = _place(output, work_dir, resume, overwrite)
+    _check_spec(dataset)
+    device = chosen_device(first.device)
+    student, tokenizer = _loaded_student(student, tokenizer, dtype, device)
+    teacher = _loaded_teacher(teacher, dtype, device)
+    from . import stages
 
     def data(chosen: TransferOptions | LogitOptions) -> Dataset[Item]:
         return packed(dataset, tokenizer, chosen, isolate=isolate, text_field=text_field)
@@ -139,6 +148,7 @@ def finetune(
     isolate: bool = False,
     text_field: str = "text",
     command: list[str] | str = "linearize.finetune",
+    dtype: Any = None,
     **options: Any,
 ) -> Any:
     """Adapts a converted student with LoRA and cross-entropy on the labels; arguments as in `distill`.
@@ -154,7 +164,11 @@ def finetune(
     check_overrides(options, FinetuneOptions)
     chosen = with_overrides(finetune or FinetuneOptions(), options)
     output = _checked(output, overwrite)
-    student, tokenizer = _loaded_student(student, tokenizer)
+    place = _place(output, work_dir, resume, overwrite)
+    _check_spec(dataset)
+    student, tokenizer = _loaded_student(student, tokenizer, dtype, chosen_device(chosen.device))
+    from . import stages
+
     base = Path(student.name_or_path)
     if output is not None and not chosen.merge:
         if not student.name_or_path or not (base / "config.json").is_file():
@@ -163,7 +177,6 @@ def finetune(
                 "save the student first, or pass --merge"
             )
         student.name_or_path = str(base.resolve())
-    place = _place(output, work_dir, resume, overwrite)
     data = packed(dataset, tokenizer, chosen, isolate=isolate, text_field=text_field)
     model, result = stages.finetune(student, data, chosen, place)
     model.eval()
@@ -215,21 +228,29 @@ def _checked(output: str | Path | None, overwrite: bool) -> Path | None:
     return None if output is None else check_new(output, overwrite=overwrite)
 
 
-def _loaded_student(student: Any, tokenizer: Any) -> tuple[Any, Any]:
+def _check_spec(dataset: str | Dataset[Item]) -> None:
+    """A file that is not there is said before models are loaded."""
+    if isinstance(dataset, str):
+        TextSource.parse(dataset)
+
+
+def _loaded_student(student: Any, tokenizer: Any, dtype: Any, device: str) -> tuple[Any, Any]:
     """The student in memory, and the tokenizer, which a folder brings along."""
     if hasattr(student, "mixer_layers"):
         return student, tokenizer
     from ..source import load_student, load_tokenizer
 
-    return load_student(student), tokenizer if tokenizer is not None else load_tokenizer(student)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(student)
+    return load_student(student, dtype=dtype, device=device), tokenizer
 
 
-def _loaded_teacher(teacher: Any) -> Any:
+def _loaded_teacher(teacher: Any, dtype: Any, device: str) -> Any:
     if hasattr(teacher, "base_model"):
         return teacher
     from ..source import load_model
 
-    return load_model(teacher)
+    return load_model(teacher, dtype=dtype, device=device)
 
 
 def _place(output: Path | None, work_dir: str | Path | None, resume: bool, overwrite: bool) -> Place:

@@ -22,16 +22,7 @@ from .options import FinetuneOptions, LogitOptions, TrainOptions, TransferOption
 from .parameters import cache_setting_kept, check_pair, is_new, own_memory, training_only
 from .trainer import StageTrainer
 from .transfer import TransferTrainer, attention_pairs
-from .work import LOG_FILE, open_work, start_hash
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a run keeps checkpoints and logs; without a `folder`, nowhere that outlives it."""
-
-    folder: Path | None = None
-    resume: bool = False
-    overwrite: bool = False
+from .work import LOG_FILE, Place, open_work, start_hash
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ LOG_FILE = "loss.jsonl"
 TRAINABLE_FILE = "trainable.safetensors"
 # a checkpoint may be read on other hardware and saved or logged at another pace
 _FREE = ("save_steps", "log_steps", "device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run keeps checkpoints and logs; without a `folder`, nowhere that outlives it."""
+
+    folder: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
 
 
 def start_hash(model: nn.Module) -> str:

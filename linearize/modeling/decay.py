@@ -45,6 +45,9 @@ class DecayingMixer(UnnormalizedMixer):
         """Starts the decays so that a key's weight halves in `half_lives` [num_states] tokens."""
         raise NotImplementedError
 
+    def gate_size(self) -> int:
+        return self.num_states
+
     def state_shape(self) -> dict[str, tuple[int, ...]]:
         return {"kv": (self.num_states, self.map_k.size, self.head_dim)}
 

@@ -51,6 +51,9 @@ class GLA(DecayingMixer):
         with torch.no_grad():
             init.copy_(self.gate_bias, bias.repeat_interleave(self.map_k.size))
 
+    def gate_size(self) -> int:
+        return self.num_states * self.map_k.size
+
     def gates(self, k: Tensor, x: Tensor | None) -> Gates:
         if x is None:
             raise ValueError("gla computes its gates from the layer's input: pass x, [B, T, hidden]")

@@ -45,6 +45,9 @@ class Mamba2(DecayingMixer):
         with torch.no_grad():
             init.copy_(self.A_log, (math.log(2) / half_lives).log())
 
+    def gate_size(self) -> int:
+        return 2 * self.num_states  # decay and step
+
     def gates(self, k: Tensor, x: Tensor | None) -> Gates:
         if x is None:
             raise ValueError("mamba2 computes its step sizes from the layer's input: pass x, [B, T, hidden]")

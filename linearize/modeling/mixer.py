@@ -108,6 +108,10 @@ class Mixer(nn.Module):
         """Shapes of the fp32 state of one sequence."""
         raise NotImplementedError
 
+    def gate_size(self) -> int:
+        """How many numbers `gates` makes of one token."""
+        return 0
+
     def gates(self, k: Tensor, x: Tensor | None) -> Gates:
         """Gates of the new tokens from their keys [B, T, G, D] and the layer's input x [B, T, hidden]."""
         return Gates()
@@ -135,8 +139,11 @@ class Mixer(nn.Module):
     # How it runs ------------------------------------------------------------------------------------------------
 
     def state_bytes(self, element_size: int = 2) -> int:
-        """Bytes of one sequence's constant state: fp32 states, and the window's keys in the model's dtype."""
+        """Bytes of one sequence's constant state: in fp32 the states and the gates of the window's tokens, in the
+        model's dtype the keys and values of the window and the sinks; and with a window the count of tokens."""
         size = sum(4 * torch.Size(shape).numel() for shape in self.state_shape().values())
+        if self.window:
+            size += 8 + self.window * self.gate_size() * 4
         return size + (self.window + self.sinks) * self.num_states * 2 * self.head_dim * element_size
 
     def forward(

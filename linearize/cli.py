@@ -1,0 +1,422 @@
+"""The command line: one Click command a verb, which parses, calls and prints.
+
+Results go to stdout, progress and logs to stderr. Exit code 0: done; 1: failed; 2: wrong usage.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .distill.options import FinetuneOptions, LogitOptions, TransferOptions
+from .errors import UserError
+from .flags import dataclass_options, given, mixer_options, model_options, run_options, swap_options
+
+
+class _Verbs(click.Group):
+    """Turns what a person caused into one message and an exit code; LINEARIZE_DEBUG=1 shows the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if os.environ.get("LINEARIZE_DEBUG"):
+                traceback.print_exc()
+            click.echo(f"Error: {_message(error)}", err=True)
+            ctx.exit(getattr(error, "exit_code", 1))
+
+
+def _message(error: Exception) -> str:
+    """One line on what went wrong and what to do."""
+    text = " ".join(str(error).split("\n")).strip() or "no message"
+    if isinstance(error, UserError):
+        return text
+    from .output import is_disk_full
+
+    if is_disk_full(error):
+        return "the disk is full; nothing half-written was left behind"
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "allocate memory" in text:
+        return "out of memory: lower --batch-size or --max-length (--context for eval), or pass --dtype bfloat16"
+    return f"{type(error).__name__}: {text[:600]} (not foreseen: LINEARIZE_DEBUG=1 shows where it happened)"
+
+
+@click.group(
+    "linearize", cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(__version__)
+def main() -> None:
+    """Turn a pretrained softmax-attention transformer into a linear-time one, and measure what it cost.
+
+    MODEL is a Hub id, a folder, or a GGUF file.
+
+    \b
+    linearize demo                                        all of it on a small model, no network
+    linearize plan meta-llama/Llama-3.1-8B --to based     what would happen
+    linearize convert MODEL --to based -o student         swap the attention
+    linearize distill student --teacher MODEL --dataset text.jsonl -o distilled
+    linearize eval distilled --teacher MODEL --dataset text.jsonl
+    """
+
+
+def _command_line() -> list[str]:
+    return ["linearize", *sys.argv[1:]]
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def _quiet() -> None:
+    """transformers' progress and advice stay on stderr; its loading reports say nothing that a verb does not."""
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.set_verbosity_error()
+
+
+def _source(model: str, options: dict[str, Any]) -> Any:
+    from .source import ModelSource
+
+    return ModelSource(
+        model=model,
+        revision=options.pop("revision", None),
+        gguf_file=options.pop("gguf_file", None),
+        trust_remote_code=options.pop("trust_remote_code", False),
+    )
+
+
+def _flags(source: Any) -> str:
+    """How the model is named in the next command."""
+    named = {"--revision": source.revision, "--gguf-file": source.gguf_file}
+    return " ".join([source.model, *(f"{flag} {value}" for flag, value in named.items() if value)])
+
+
+def _swap(options: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `convert` from the flags of `swap_options`."""
+    names = ("feature_map", "feature_dim", "state_heads")
+    extra = mixer_options(options.pop("extra"), **{name: options.pop(name) for name in names})
+    return {name: options.pop(name) for name in ("keep_softmax", "window", "sinks")} | {"mixer_options": extra}
+
+
+@main.command("ls")
+@click.argument("what", type=click.Choice(["mixers", "families"]), default=None, required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def ls(what: str | None, as_json: bool) -> None:
+    """List the mixers and the model families there are."""
+    from . import mixers
+    from .convert.families import FAMILIES
+
+    lists = {
+        "mixers": mixers(),
+        "families": {key: family.summary for key, family in sorted(FAMILIES.items())},
+    }
+    chosen = {what: lists[what]} if what else lists
+    if as_json:
+        _print_json(chosen)
+        return
+    for title, entries in chosen.items():
+        click.echo(f"{title}:")
+        for name, line in entries.items():
+            click.echo(f"  {name:<12}{line}")
+
+
+@main.command("plan")
+@click.argument("model")
+@swap_options
+@model_options()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan_verb(model: str, to: str, as_json: bool, **options: Any) -> None:
+    """Say what a conversion would give, from MODEL's config alone: tensors, state, memory, time.
+
+    \b
+    linearize plan meta-llama/Llama-3.1-8B --to gla --keep-softmax every:8
+    """
+    from .convert import plan
+    from .convert.plan import check_mixer
+    from .convert.show import format_plan
+    from .source import load_config
+
+    _quiet()
+    check_mixer(to)
+    result = plan(load_config(_source(model, options)), to, **_swap(options))
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        click.echo(format_plan(result))
+
+
+@main.command("convert")
+@click.argument("model")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@swap_options
+@model_options()
+@run_options("cpu")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For the few starts that are random.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is whole.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def convert_verb(
+    model: str, to: str, out: Path, dry_run: bool, as_json: bool, device: str | None, **options: Any
+) -> None:
+    """Swap MODEL's softmax attention for MIXER and write a folder that transformers loads.
+
+    \b
+    linearize convert HuggingFaceTB/SmolLM2-135M-Instruct --to based -o smol-based
+    linearize convert ./models --gguf-file model.Q4_1.gguf --to gla --window 128 -o smol-gla
+    linearize convert MODEL --to linear --keep-softmax heads:18.6,17.3 -o hybrid
+    """
+    from .convert import convert_folder
+    from .convert.show import format_plan, size
+
+    _quiet()
+    source = _source(model, options)
+    swap = _swap(options)
+    made = convert_folder(
+        source, to, out, device=device or "cpu", dry_run=dry_run, command=_command_line(), **options, **swap
+    )
+    if as_json:
+        _print_json(made.to_dict() | {"out": None if dry_run else str(out)})
+    elif dry_run:
+        click.echo(format_plan(made))
+    else:
+        click.echo(
+            f"{out}: {made.parameters:,} parameters, {made.new_parameters:,} of them new; "
+            f"state {size(made.state_bytes_per_sequence)} a sequence, KV cache {size(made.kv_bytes_per_token)} a token "
+            f"(the teacher's {size(made.kv_bytes_per_token_teacher)})"
+        )
+        click.echo(f"next: linearize distill {out} --teacher {_flags(source)} --dataset DATASET -o {out}-distilled")
+
+
+def _data_options(command: Any) -> Any:
+    for option in (
+        click.option("--isolate", is_flag=True, help="Packed documents do not see each other."),
+        click.option("--text-field", default="text", show_default=True, help="The data set's field with the text."),
+        click.option("--dataset", required=True, help="Hub name[:config[:split]] or local files, comma-separated."),
+    ):
+        command = option(command)
+    return command
+
+
+def _report_training(model: Any, out: Path, as_json: bool, following: str) -> None:
+    results = model.distillation if hasattr(model, "distillation") else model.get_base_model().distillation
+    if as_json:
+        _print_json(
+            {
+                "out": str(out),
+                "stages": [
+                    {
+                        "stage": result.stage,
+                        "steps": result.steps,
+                        "tokens": result.tokens,
+                        "loss": result.loss,
+                    }
+                    for result in results
+                ],
+            }
+        )
+        return
+    for result in results:
+        loss = "no steps" if result.loss is None else f"loss {result.loss:.4g}"
+        click.echo(f"{result.stage}: {result.steps} steps, {result.tokens:,} tokens, {loss}")
+    click.echo(f"next: {following}")
+
+
+@main.command("distill")
+@click.argument("student")
+@click.option("--teacher", required=True, metavar="MODEL", help="The model that STUDENT was converted from.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--stage", default="all", show_default=True, help="transfer, logits, or all: one after the other.")
+@_data_options
+@model_options("the teacher")
+@run_options()
+@dataclass_options(TransferOptions, LogitOptions, skip=("device",))
+@click.option("--work-dir", type=click.Path(path_type=Path), help="Folder for checkpoints.  [default: OUT.work]")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the work folder.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is whole.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def distill_verb(
+    student: str,
+    teacher: str,
+    dataset: str,
+    out: Path,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Bring STUDENT near its teacher: attention transfer, then logit distillation.
+
+    \b
+    linearize distill student --teacher MODEL --dataset corpus.jsonl.gz --tokens 10000000 -o distilled
+    linearize distill student --teacher MODEL --dataset corpus.txt --stage transfer --max-length 2048 -o aligned
+    """
+    from .distill import distill
+
+    _quiet()
+    source = _source(teacher, options)
+    result = distill(student, source, dataset, output=out, command=_command_line(), **given(options))
+    _report_training(result, out, as_json, f"linearize eval {out} --teacher {_flags(source)} --dataset DATASET")
+
+
+@main.command("finetune")
+@click.argument("student")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@_data_options
+@run_options()
+@dataclass_options(FinetuneOptions, skip=("device",))
+@click.option("--work-dir", type=click.Path(path_type=Path), help="Folder for checkpoints.  [default: OUT.work]")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the work folder.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is whole.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def finetune_verb(
+    student: str,
+    dataset: str,
+    out: Path,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Adapt STUDENT to a data set with LoRA; --merge writes a plain model.
+
+    \b
+    linearize finetune distilled --dataset chats.jsonl --lora-rank 8 --merge -o tuned
+    """
+    from .distill import finetune
+
+    _quiet()
+    result = finetune(student, dataset, output=out, command=_command_line(), **given(options))
+    _report_training(result, out, as_json, f"linearize generate {out} 'a prompt'")
+
+
+@main.command("eval")
+@click.argument("model")
+@click.option("--teacher", metavar="MODEL", help="Compare with this model: ratio, KL, recall.")
+@click.option("--dataset", multiple=True, help="Data sets to measure on; by default the embedded held-out text.")
+@click.option("--text-field", default="text", show_default=True, help="The data set's field with the text.")
+@model_options("the teacher (without one: MODEL)")
+@run_options()
+@click.option("--context", type=int, default=1024, show_default=True, help="Tokens in a sequence.")
+@click.option("--sequences", type=int, default=32, show_default=True, help="Sequences of each data set.")
+@click.option("--batch-size", type=int, default=4, show_default=True, help="Sequences in one forward pass.")
+@click.option("--recall-passages", type=int, default=64, show_default=True, help="Passages shown twice; 0 for none.")
+@click.option("--recall-length", type=int, default=256, show_default=True, help="Tokens of such a passage.")
+@click.option("--branches/--no-branches", default=True, help="Also with the linear branch off.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def eval_verb(
+    model: str,
+    teacher: str | None,
+    dataset: tuple[str, ...],
+    dtype: str,
+    device: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure MODEL: perplexity, KL from its teacher, recall of repeated passages, and all of it without its linear
+    branch.
+
+    \b
+    linearize eval distilled --teacher MODEL --dataset heldout.jsonl --json
+    """
+    from .device import chosen_device
+    from .evaluate import evaluate, table
+    from .rows import TextSource
+    from .source import ModelSource, load_model, load_tokenizer
+
+    _quiet()
+    for spec in dataset:
+        TextSource.parse(spec)  # a file that is not there is said before models are loaded
+    source = _source(teacher or model, options)
+    device = chosen_device(device)
+    own = ModelSource(model) if teacher else source
+    result = evaluate(
+        load_model(own, dtype=dtype, device=device),
+        load_model(source, dtype=dtype, device=device) if teacher else None,
+        tokenizer=load_tokenizer(own),
+        dataset=list(dataset) or None,
+        device=device,
+        progress=True,
+        **options,
+    )
+    if as_json:
+        _print_json(result)
+    else:
+        click.echo(table.format_results({model: result}))
+
+
+@main.command("generate")
+@click.argument("model")
+@click.argument("prompt")
+@model_options()
+@run_options()
+@click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Tokens to add.")
+@click.option("--chat", is_flag=True, help="Give the prompt as a user's message.")
+@click.option("--temperature", type=float, default=None, help="Sample at this temperature; greedy without it.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def generate_verb(model: str, prompt: str, dtype: str, device: str | None, as_json: bool, **options: Any) -> None:
+    """Let MODEL go on from PROMPT.
+
+    \b
+    linearize generate distilled "The committee shall" --max-new-tokens 40
+    """
+    from .device import chosen_device
+    from .evaluate.generation import generate_text
+    from .source import load_model, load_tokenizer
+
+    _quiet()
+    source = _source(model, options)
+    text = generate_text(
+        load_model(source, dtype=dtype, device=chosen_device(device)),
+        load_tokenizer(source),
+        prompt,
+        stream=None if as_json else sys.stdout,
+        **options,
+    )
+    if as_json:
+        _print_json({"prompt": prompt, "text": text})
+
+
+@main.command("demo")
+@click.option("--to", default="based", show_default=True, metavar="MIXER", help="The mixer to convert to.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=None, help="Keep the distilled student here.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def demo_verb(to: str, out: Path | None, as_json: bool) -> None:
+    """Convert, distil, evaluate and generate with the embedded teacher: no network, at most 3 minutes on 2 cores."""
+    from .demo.run import format_demo, run_demo
+
+    _quiet()
+    result = run_demo(to, out=out, progress=lambda text: click.echo(text, err=True), command=_command_line())
+    if as_json:
+        _print_json(result)
+    else:
+        click.echo(format_demo(result))
+
+
+def run() -> None:
+    """`main`, and then out at once: to take torch apart lasts a second, and nothing here waits to be closed."""
+    try:
+        main()
+        code: int | str | None = 0
+    except SystemExit as end:
+        code = end.code
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # the reader has gone, or the disk under a redirection is full
+        code = code or 1
+    atexit._run_exitfuncs()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+if __name__ == "__main__":
+    run()
