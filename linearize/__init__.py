@@ -4,14 +4,13 @@ The verbs of the command line, as functions: `convert`, `plan`, `distill`, `fine
 package lets `transformers.AutoModelForCausalLM.from_pretrained` load converted models.
 """
 
-__version__ = "0.1.0"
-
 # Some verbs share their sub-package's name. Importing them here, once, settles that `linearize.convert` is the verb;
 # `from linearize.convert import ...` still finds the sub-package.
 from . import modeling
 from .convert import convert, plan
 from .distill import distill, finetune
 from .evaluate import evaluate
+from .version import __version__
 
 
 def mixers() -> dict[str, str]:
@@ -19,4 +18,4 @@ def mixers() -> dict[str, str]:
     return {name: mixer.summary for name, mixer in sorted(modeling.MIXERS.items())}
 
 
-__all__ = ["convert", "distill", "evaluate", "finetune", "mixers", "modeling", "plan"]
+__all__ = ["__version__", "convert", "distill", "evaluate", "finetune", "mixers", "modeling", "plan"]

@@ -15,10 +15,10 @@ from typing import Any
 
 import click
 
-from . import __version__
 from .distill.options import FinetuneOptions, LogitOptions, TransferOptions
 from .errors import UserError
 from .flags import dataclass_options, given, mixer_options, model_options, run_options, swap_options
+from .version import __version__
 
 
 class _Verbs(click.Group):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .version import __version__
 
 FILE = "linearize.json"
 _BLOCK = 4096
@@ -54,8 +55,6 @@ def record(
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    from . import __version__
-
     found = {"python": platform.python_version(), "linearize": __version__}
     for name in ("torch", "transformers", "peft"):
         try:
