@@ -118,6 +118,47 @@ def test_packed_documents_refuse_a_cache(mixer_name):
         student(ids, position_ids=positions, use_cache=True)
 
 
+@torch.no_grad()
+def test_packed_documents_with_a_mask_of_ones_or_bounds(mixer_name):
+    for keep in KEEPS:
+        student, ids = student_of(mixer_name, 8, keep), tokens(1, 40)
+        positions = torch.cat([torch.arange(18), torch.arange(22)]).unsqueeze(0)
+        alone = student(ids[:, 18:], use_cache=False).logits
+        masked = student(ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        assert relative_error(masked[:, 18:], alone) < 1e-10
+        bounds = torch.tensor([0, 18, 40], dtype=torch.int32)
+        named = student(ids, position_ids=positions, cu_seq_lens_q=bounds, use_cache=False).logits
+        assert relative_error(named[:, 18:], alone) < 1e-10
+
+
+def test_masks_that_cannot_be_followed_are_refused():
+    student, ids = student_of("based", dtype=torch.float32), tokens(1, 40)
+    positions = torch.cat([torch.arange(18), torch.arange(22)]).unsqueeze(0)
+    mask = torch.ones_like(ids)
+    mask[:, -4:] = 0
+    with pytest.raises(ValueError, match="pads and packed documents"):
+        student(ids, position_ids=positions, attention_mask=mask, use_cache=False)
+    with pytest.raises(ValueError, match="4 dimensions"):
+        student(ids, attention_mask=torch.ones(1, 1, 40, 40, dtype=torch.bool))
+
+
+@torch.inference_mode()
+def test_positions_changed_in_place_are_read_again():
+    student, ids = student_of("based", dtype=torch.float32), tokens(1, 40)
+    positions = torch.arange(40).unsqueeze(0)
+    student(ids, position_ids=positions, use_cache=False)
+    positions[0, 20:] = torch.arange(20)
+    changed = student(ids, position_ids=positions, use_cache=False).logits
+    assert relative_error(changed, student(ids, position_ids=positions.clone(), use_cache=False).logits) < 1e-6
+
+
+def test_a_forward_in_inference_mode_leaves_a_model_trainable():
+    student, ids = student_of("based", 8, "heads:0.1", dtype=torch.float32), tokens(1, 20)
+    with torch.inference_mode():
+        student(ids)
+    student(ids, labels=ids, use_cache=False).loss.backward()
+
+
 @pytest.mark.parametrize("window", WINDOWS)
 def test_causal(mixer_name, window):
     """No later token reaches an earlier logit, in value or in gradient."""
@@ -268,6 +309,38 @@ def test_generation(mixer_name, window):
     assert sampled.shape == (4, 17)
 
 
+def test_a_static_cache_is_refused():
+    from transformers import StaticCache
+
+    student = student_of("based", keep="0", dtype=torch.float32)
+    cache = StaticCache(config=student.config.parent_config, max_cache_len=64)
+    with pytest.raises(ValueError, match="static cache"):
+        student(tokens(), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_config_makes_the_model_again_and_switches_its_cache():
+    student = student_of("based", keep="0", dtype=torch.float32)
+    again = AutoModelForCausalLM.from_config(copy.deepcopy(student.config))
+    again.load_state_dict(student.state_dict())
+    assert torch.equal(again(tokens()).logits, student(tokens()).logits)
+    whole = student_of("based", dtype=torch.float32)
+    AutoModelForCausalLM.from_config(copy.deepcopy(whole.config))
+    student.config.use_cache = False
+    assert student(tokens()).past_key_values is None
+    student.config.output_hidden_states = True
+    assert len(student(tokens()).hidden_states) == 3
+
+
+def test_the_attention_implementation_reaches_kept_layers(tmp_path):
+    student_of("based", keep="0", dtype=torch.float32).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert loaded.model.config._attn_implementation == "eager"
+    whole = student_of("based", dtype=torch.float32)
+    whole.set_attn_implementation("eager")
+    assert whole.model.config._attn_implementation == "linearize"  # no layer reads a T x T mask
+
+
 def test_assisted_decoding_is_refused(mixer_name):
     student = student_of(mixer_name, dtype=torch.float32)
     with pytest.raises(ValueError, match="assisted generation is not supported"):
@@ -280,6 +353,10 @@ def test_right_padding_with_a_cache_is_refused():
     mask[0, -3:] = 0
     with pytest.raises(ValueError, match="pad on the left"):
         student(tokens(), attention_mask=mask, use_cache=True)
+    out = student(tokens(), attention_mask=mask)
+    with pytest.raises(ValueError, match="pad on the left"):
+        grown = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+        student(tokens(2, 1), attention_mask=grown, past_key_values=out.past_key_values)
 
 
 @pytest.mark.parametrize("reentrant", [False])

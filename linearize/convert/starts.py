@@ -36,24 +36,24 @@ def start_from_weights(attention: LinearizeAttention, gain: Tensor | None, inv_f
 def _second_moment(
     projection: nn.Linear, norm: nn.Module | None, heads: int, gain: Tensor | None, inv_freq: Tensor | None
 ) -> Tensor:
-    """E[y y^T] of each head's projected, normalised and rotated channels, [heads, D, D] in fp64."""
-    weight = projection.weight.detach().double()
+    """E[y y^T] of each head's projected, normalised and rotated channels, [heads, D, D] in fp64, on the CPU."""
+    weight = projection.weight.detach().cpu().double()
     if gain is not None:
-        weight = weight * gain.detach().double()
+        weight = weight * gain.detach().cpu().double()
     weight = weight.unflatten(0, (heads, -1))
     moment = weight @ weight.mT
     if projection.bias is not None:
-        bias = projection.bias.detach().double().unflatten(0, (heads, -1))
+        bias = projection.bias.detach().cpu().double().unflatten(0, (heads, -1))
         moment = moment + bias.unsqueeze(-1) * bias.unsqueeze(-2)
     if norm is not None:
-        scale = norm.get_parameter("weight").detach().double()
+        scale = norm.get_parameter("weight").detach().cpu().double()
         size = moment.diagonal(dim1=-2, dim2=-1).mean(-1).sqrt()[:, None, None]
         moment = moment / size.square() * scale.unsqueeze(-1) * scale
     if inv_freq is None:
         return moment
-    angle = POSITIONS.to(inv_freq.device)[:, None].double() * inv_freq.double()
+    angle = POSITIONS[:, None].double() * inv_freq.cpu().double()
     cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
-    identity = torch.eye(moment.shape[-1], dtype=torch.float64, device=moment.device)
+    identity = torch.eye(moment.shape[-1], dtype=torch.float64)
     # Rows of turned[p] are the rotated basis: y at position p is y0 @ turned[p].
     basis = identity.expand(1, len(POSITIONS), -1, -1)
     turned = rotate(basis, cos[None], sin[None], cos.shape[-1])[0]

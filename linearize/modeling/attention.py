@@ -114,6 +114,9 @@ class LinearizeAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """[B, T, hidden] to [B, T, hidden], and None where transformers' attention gives its weights.
 
+        Packed documents are told by `position_ids` that restart, or by `cu_seq_lens_q` as transformers' flattening
+        collator gives it.
+
         Raises:
             ValueError: packed documents together with a cache.
         """
@@ -129,8 +132,11 @@ class LinearizeAttention(nn.Module):
                 raise ValueError(f"{self.path} rotates its queries and keys: pass position_embeddings (cos, sin)")
             cos, sin = position_embeddings
             q, k = rotate(q, cos, sin, anatomy.rotary_dim), rotate(k, cos, sin, anatomy.rotary_dim)
-        layout = read_layout(attention_mask, position_ids, batch, tokens)
         cache = mixer_cache_layer(past_key_values, self.layer_idx)
+        if (bounds := kwargs.get("cu_seq_lens_q")) is not None and batch == 1:
+            layout = Layout(cu_seqlens=bounds.long())
+        else:
+            layout = read_layout(attention_mask, position_ids, batch, tokens)
         if not self.softmax_heads:
             out = self.mixer(q, k, v, hidden_states, layout=layout, cache=cache)
         else:
@@ -144,7 +150,8 @@ class LinearizeAttention(nn.Module):
         key = (name, device)
         if key not in self._indices:
             entries = [g * per_group + r for g in groups for r in range(per_group)]
-            self._indices[key] = torch.tensor(entries, device=device)
+            with torch.inference_mode(False):  # kept, and a tensor made in inference mode could not train later
+                self._indices[key] = torch.tensor(entries, device=device)
         return self._indices[key]
 
     def _partition(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, QuantizedCache
+from transformers.cache_utils import Cache, CacheLayerMixin, QuantizedCache, StaticLayer
 
 
 class MixerCacheLayer(CacheLayerMixin):
@@ -49,8 +49,8 @@ class MixerCacheLayer(CacheLayerMixin):
         return next(iter(self.tensors.values())).shape[0] if self.tensors else -1
 
     def bytes(self) -> int:
-        """Bytes that the state takes now."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        """Bytes that the state keeps in memory, those of the storage behind a view included."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
 
     def _apply(self, function: Any) -> None:
         self.tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
@@ -83,13 +83,15 @@ def mixer_cache_layer(cache: Cache | None, index: int) -> MixerCacheLayer | None
     """The `MixerCacheLayer` at `index`, put in place of the stock layer on first use.
 
     Raises:
-        ValueError: the cache is quantised, or its layer already holds another model's keys.
+        ValueError: the cache is quantised or static, or its layer already holds another model's keys.
     """
     if cache is None:
         return None
     if isinstance(cache, QuantizedCache):
         raise ValueError("a quantised cache holds keys and values only; a converted model keeps recurrent states")
     layers: list[Any] = cache.layers
+    if any(isinstance(layer, StaticLayer) for layer in layers):
+        raise ValueError("a static cache is not supported: the state is constant already; use the default cache")
     while len(layers) <= index:
         layers.append(MixerCacheLayer())
     layer = layers[index]

@@ -98,6 +98,14 @@ class LinearizeConfig(PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(parent, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Trainers switch the cache off on the model's config; the teacher's own class reads the teacher's.
+        parent = self.__dict__.get("parent_config")
+        if name == "use_cache" and isinstance(parent, PreTrainedConfig):
+            parent.use_cache = value
+        else:
+            super().__setattr__(name, value)
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The teacher's config: what generation and embedding resizing read from and write to."""
         return self.parent_config if self.parent_config is not None else self

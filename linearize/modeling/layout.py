@@ -38,8 +38,14 @@ def _real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
 
 
 # The layers of one forward share one mask and one position tensor, and reading them costs a device sync: the last
-# answer is kept. `_version` tells a tensor that was written to in place since.
+# answer is kept. `_version` tells a tensor that was written to in place since; inference tensors have none.
 _last: tuple[tuple, Layout] | None = None
+
+
+def forget_layout() -> None:
+    """Lets go of the last forward's mask."""
+    global _last
+    _last = None
 
 
 def read_layout(attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, tokens: int) -> Layout:
@@ -47,36 +53,43 @@ def read_layout(attention_mask: Tensor | None, position_ids: Tensor | None, batc
 
     Pads are on the left (or, without a cache, on the right). Without pads, `position_ids` that do not rise by one
     start a new document.
+
+    Raises:
+        ValueError: pads and packed documents in one batch, or a mask that is neither 2D nor 4D.
     """
     global _last
-    key = (
-        attention_mask,
-        getattr(attention_mask, "_version", None) if attention_mask is None or not attention_mask.is_inference() else 0,
-        position_ids,
-        position_ids._version if position_ids is not None and not position_ids.is_inference() else 0,
-        batch,
-        tokens,
-    )
-    if _last is not None and all(a is b or (isinstance(a, int) and a == b) for a, b in zip(_last[0], key, strict=True)):
-        return _last[1]
+    tensors = [tensor for tensor in (attention_mask, position_ids) if tensor is not None]
+    if any(tensor.is_inference() for tensor in tensors):
+        return _read(attention_mask, position_ids, batch, tokens)
+    key = (attention_mask, position_ids, batch, tokens, *(tensor._version for tensor in tensors))
+    last = _last
+    if last is not None and len(last[0]) == len(key) and all(map(_same, last[0], key)):
+        return last[1]
     layout = _read(attention_mask, position_ids, batch, tokens)
     _last = (key, layout)
     return layout
+
+
+def _same(a: Tensor | int | None, b: Tensor | int | None) -> bool:
+    return a is b or (isinstance(a, int) and isinstance(b, int) and a == b)
 
 
 def _read(attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, tokens: int) -> Layout:
     real = _real_tokens(attention_mask, tokens)
     if tokens == 1:
         return Layout(real=real)
-    if real is not None:
-        if real.shape[0] != batch:
-            real = real.expand(batch, -1)
-        if not bool(real.all()):
-            return Layout(real=real)
-    if position_ids is None or position_ids.dim() != 2:
-        return Layout()
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if not bool(starts.any()):
+    if real is not None and real.shape[0] != batch:
+        real = real.expand(batch, -1)
+    padded = real is not None and not bool(real.all())
+    starts: Tensor | None = None
+    if position_ids is not None and position_ids.dim() == 2:
+        starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if padded:
+        assert real is not None
+        if starts is not None and bool((starts & real[:, 1:] & real[:, :-1]).any()):
+            raise ValueError("pads and packed documents in one batch: pack without pads, or give each document a row")
+        return Layout(real=real)
+    if starts is None or not bool(starts.any()):
         return Layout()
     first = torch.ones(batch, 1, dtype=torch.bool, device=starts.device)
     flat = torch.cat([first, starts.expand(batch, -1)], dim=1).flatten().nonzero().flatten()

@@ -17,10 +17,11 @@ from .reference import LinearState, widen
 
 @register("mamba2")
 class Mamba2(DecayingMixer):
-    """S_t = exp(dt_t A) S_{t-1} + dt_t k_t v_t^T, o_t = q_t^T S_t + D v_t; one group a key head.
+    """S_t = exp(dt_t A) S_{t-1} + dt_t k_t v_t^T, o_t = q_t^T S_t + D dt_t v_t; one group a key head.
 
     dt = softplus(x W + b) starts at 1 for every token (W zero), as another value would rescale v; A = -ln 2 /
-    half-life; D = 0.
+    half-life; D = 0. Beside a window all of it runs on the delayed keys and values, the skip D too: what lies nearer is
+    the window's.
     """
 
     summary = "Mamba-2 (SSD): a scalar decay a token and head, with a step size dt"

@@ -228,9 +228,10 @@ class Mixer(nn.Module):
             cu_seqlens=layout.cu_seqlens,
         )
         if cache is not None and final is not None:
-            cache.tensors["kv"] = final.kv
+            # Clones: a view of the chunks' states would keep them all.
+            cache.tensors["kv"] = final.kv.clone()
             if final.k is not None:
-                cache.tensors["k"] = final.k
+                cache.tensors["k"] = final.k.clone()
         return out, z
 
     def _windowed(
@@ -283,7 +284,7 @@ class Mixer(nn.Module):
             if cache is not None:
                 old = cache.get(name)
                 whole = new if old is None else torch.cat([old.to(new), new], dim=1)
-                cache.tensors[name] = whole[:, -window:]
+                cache.tensors[name] = whole[:, -window:].clone()  # a view would keep the whole prompt
             missing = window - (whole.shape[1] - tokens)
             if missing > 0:
                 whole = F.pad(whole, (0, 0) * (whole.dim() - 2) + (missing, 0))

@@ -18,6 +18,7 @@ from .attention import LinearizeAttention
 from .based import Based
 from .configuration_linearize import AttentionAnatomy, LinearizeConfig
 from .gla import GLA
+from .layout import forget_layout
 from .linear import LinearAttention
 from .mamba2 import Mamba2
 from .retention import Retention
@@ -54,7 +55,6 @@ class LinearizeForCausalLM(PreTrainedModel, GenerationMixin):
     _is_stateful = True  # a recurrent state cannot go back, so assisted decoding is refused
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     # Few parameters, and decays that bf16 would round away.
@@ -62,9 +62,14 @@ class LinearizeForCausalLM(PreTrainedModel, GenerationMixin):
     _parent_class: type[PreTrainedModel]
 
     def __init__(self, config: LinearizeConfig) -> None:
+        asked = config._attn_implementation_internal
         super().__init__(config)
         parent_type = parent_class(config)
         assert config.parent_config is not None
+        if config.parent_config._attn_implementation_internal == PADDING_MASK:  # from a model that was built before
+            config.parent_config._attn_implementation_internal = None
+        if asked is not None:
+            config.parent_config._attn_implementation_internal = config._attn_implementation_internal
         parent = parent_type(config.parent_config)
         own = self.__dict__
         for name, value in parent.__dict__.items():
@@ -88,11 +93,19 @@ class LinearizeForCausalLM(PreTrainedModel, GenerationMixin):
                 anatomy, index, layer["mixer"], layer.get("softmax_heads", []), config.mixer_options
             )
             self.set_submodule(anatomy.path, attention)
-        if len(config.swapped()) == len(config.layers):
-            # No layer reads a T x T mask. The name is set late: transformers checks it when a module is built.
+        self._use_padding_mask()
+        self.post_init()
+
+    def _use_padding_mask(self) -> None:
+        """Where no layer reads a T x T mask, none is built. Set late: transformers checks the name at building."""
+        if len(self.config.swapped()) == len(self.config.layers):
             base: Any = self.base_model
             base.config._attn_implementation_internal = PADDING_MASK
-        self.post_init()
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers', for the layers that stayed softmax."""
+        super().set_attn_implementation(*args, **kwargs)
+        self._use_padding_mask()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -120,16 +133,24 @@ class LinearizeForCausalLM(PreTrainedModel, GenerationMixin):
         """The teacher class's forward, arguments and all. With a cache, pads must be on the left.
 
         Raises:
-            ValueError: a cache together with packed documents or pads on the right.
+            ValueError: a cache together with packed documents or pads on the right; a 4D mask.
         """
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        padded = attention_mask is not None and attention_mask.dim() == 2
-        if use_cache and padded and tokens is not None and tokens.shape[1] > 1:
-            assert attention_mask is not None
+        if attention_mask is not None and attention_mask.dim() == 4:
+            raise ValueError(
+                "attention_mask has 4 dimensions: a linear layer cannot follow any mask; pass a 2D mask of pads, or "
+                "position_ids that restart at each document"
+            )
+        if attention_mask is not None and attention_mask.dim() == 2:
             mask = attention_mask.bool()
-            if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-                raise ValueError("attention_mask has pads on the right: pad on the left to use a cache")
-        return self._parent_class.forward(
+            tokens = input_ids if input_ids is not None else inputs_embeds
+            if past_key_values is not None or (use_cache and tokens is not None and tokens.shape[1] > 1):
+                if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+                    raise ValueError("attention_mask has pads on the right: pad on the left to use a cache")
+            elif position_ids is not None and bool(mask.all()):
+                attention_mask = None  # transformers looks for packed documents only where there is no mask
+        if self.config.output_hidden_states:
+            kwargs.setdefault("output_hidden_states", True)
+        out = self._parent_class.forward(
             self,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -141,6 +162,8 @@ class LinearizeForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        forget_layout()
+        return out
 
     def mixer_layers(self) -> list[tuple[int, LinearizeAttention]]:
         """The swapped attention modules with their layer's index."""
@@ -173,10 +196,13 @@ class LinearizeForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves weights and config, and this folder's code beside them, for who has no linearize installed."""
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # Before the weights, so that `push_to_hub=True` uploads the code with them.
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
         for source in Path(__file__).parent.glob("*.py"):
             if source.name != "__init__.py":
-                shutil.copyfile(source, Path(save_directory) / source.name)
+                shutil.copyfile(source, folder / source.name)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 # Importing a mixer's file registers it; remote code is found through plain imports of siblings alone.
