@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -403,7 +404,11 @@ def demo_verb(to: str, out: Path | None, as_json: bool) -> None:
 
 
 def run() -> None:
-    """`main`, and then out at once: to take torch apart lasts a second, and nothing here waits to be closed."""
+    """`main`, and then out at once: to take torch apart lasts a second, and nothing here waits to be closed.
+
+    A SIGTERM ends it as an exception would, so that a folder half written is removed.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
         code: int | str | None = 0

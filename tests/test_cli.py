@@ -552,3 +552,29 @@ def test_a_disk_that_is_really_full(place, tmp_path):
         assert listing(disk) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_terminated_verb_leaves_nothing_half_written(tmp_path):
+    code = """
+import sys, time
+import linearize.cli as cli
+from linearize.output import new_folder
+def main():
+    with new_folder(sys.argv[1]) as folder:
+        (folder / "model.safetensors").write_bytes(b"half")
+        print("writing", flush=True)
+        time.sleep(60)
+cli.main = main
+cli.run()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert process.stdout.readline() == "writing\n"
+    assert list(tmp_path.iterdir())
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    assert list(tmp_path.iterdir()) == []
