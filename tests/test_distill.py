@@ -141,6 +141,12 @@ def test_transfer_trains_new_parameters_alone_and_lowers_every_layers_loss(teach
     assert capsys.readouterr().out == ""
 
 
+def test_sequences_that_the_window_covers_are_refused(teacher) -> None:
+    student = convert(teacher, "linear", window=32)
+    with pytest.raises(UsageError, match="--max-length 16"):
+        distill(student, teacher, rows(), stage="transfer", transfer=transfer_options(max_length=16))
+
+
 def naive_transfer_losses(student, teacher, inputs) -> list[torch.Tensor]:
     """All layers' graphs at once, from recorded inputs."""
     seen = {}

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import set_seed
 
-from ..errors import UserError
+from ..errors import UsageError, UserError
 from .feed import Item, length_of, steps_for
 from .logits import HeadTrainer, set_checkpointing
 from .lora import attach_lora, merged, unloaded
@@ -114,9 +114,18 @@ def _checkpointing(student: Any, enabled: bool) -> Iterator[None]:
 
 
 def transfer(student: Any, teacher: Any, dataset: Dataset[Item], options: TransferOptions, place: Place) -> StageResult:
-    """Attention transfer on the new parameters of `student`, in place. UserError when there are none."""
+    """Attention transfer on the new parameters of `student`, in place.
+
+    UserError when there are none, UsageError for sequences that the windows cover whole.
+    """
     check_pair(student, teacher, same_layers=True)
     attention_pairs(student, teacher)
+    window = min(attention.mixer.window for _, attention in student.mixer_layers())
+    if window and options.max_length <= window:
+        raise UsageError(
+            f"--max-length {options.max_length} is no longer than the student's window of {window} tokens: the linear "
+            "branch would see nothing to learn from; give longer sequences"
+        )
     names = {name for name, _ in student.named_parameters() if is_new(name)}
     if not names:
         raise UserError(
