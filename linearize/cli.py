@@ -211,6 +211,18 @@ def _data_options(command: Any) -> Any:
     return command
 
 
+def _stage_options(command: Any) -> Any:
+    """Where a training verb keeps its checkpoints and what it does with an OUT that is there."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+        click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is whole."),
+        click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the work folder."),
+        click.option("--work-dir", type=click.Path(path_type=Path), help="Checkpoints' folder.  [default: OUT.work]"),
+    ):
+        command = option(command)
+    return command
+
+
 def _report_training(model: Any, out: Path, as_json: bool, following: str) -> None:
     results = model.distillation if hasattr(model, "distillation") else model.get_base_model().distillation
     if as_json:
@@ -244,10 +256,7 @@ def _report_training(model: Any, out: Path, as_json: bool, following: str) -> No
 @model_options("the teacher")
 @run_options()
 @dataclass_options(TransferOptions, LogitOptions, skip=("device",))
-@click.option("--work-dir", type=click.Path(path_type=Path), help="Folder for checkpoints.  [default: OUT.work]")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the work folder.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is whole.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_stage_options
 def distill_verb(
     student: str,
     teacher: str,
@@ -276,10 +285,7 @@ def distill_verb(
 @_data_options
 @run_options()
 @dataclass_options(FinetuneOptions, skip=("device",))
-@click.option("--work-dir", type=click.Path(path_type=Path), help="Folder for checkpoints.  [default: OUT.work]")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the work folder.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is whole.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_stage_options
 def finetune_verb(
     student: str,
     dataset: str,

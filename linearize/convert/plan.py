@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UsageError
 from ..modeling import MIXERS, SOFTMAX, LinearizeConfig, LinearizeForCausalLM, Mixer
-from .anatomy import meta_model, read_anatomy
+from .anatomy import family_of, meta_model, read_anatomy
 from .estimates import convert_estimate, distill_estimate
 from .keep import kept_heads
 
@@ -69,9 +69,8 @@ def student_config(
             layers.append({"mixer": SOFTMAX})
         else:
             layers.append({"mixer": to, "softmax_heads": heads, "anatomy": anatomy.to_dict()})
-    if all(layer["mixer"] == SOFTMAX for layer in layers):
-        pass  # allowed: the teacher itself in the converted format, the end of every comparison
-    else:
+    # With every layer left softmax it is the teacher in the converted format: the end of every comparison.
+    if any(layer["mixer"] != SOFTMAX for layer in layers):
         _check_options(to, anatomies[0], options)
     parent = copy.deepcopy(teacher.config)
     parent.dtype = teacher.dtype
@@ -167,13 +166,12 @@ def describe(student: LinearizeForCausalLM, teacher: PreTrainedModel, to: str) -
     """The plan of a student, on the meta device or with weights."""
     config: Any = student.config
     element = torch.finfo(teacher.dtype).bits // 8
-    prefix = next((layer["anatomy"]["path"].split(".0.")[0] for layer in config.layers[:1] if "anatomy" in layer), None)
+    prefix = family_of(teacher.config).layers
     layers = [
         LayerPlan(index, layer["mixer"], layer.get("softmax_heads", [])) for index, layer in enumerate(config.layers)
     ]
     outside = LayerPlan(-1, "outside the layers")
     teacher_names = set(teacher.state_dict())
-    prefix = prefix or "model.layers"
     parameters = new_parameters = 0
     tied = set(getattr(student, "all_tied_weights_keys", {}) or {})
     for name, tensor in student.state_dict().items():
@@ -190,9 +188,9 @@ def describe(student: LinearizeForCausalLM, teacher: PreTrainedModel, to: str) -
         owner.tensors.append(TensorPlan(name, list(tensor.shape), origin))
     state = kv = kv_teacher = 0
     swapped = dict(student.mixer_layers())
-    for index in range(len(layers)):
+    for index, anatomy in enumerate(read_anatomy(teacher)):
         attention = swapped.get(index)
-        heads = _kv_heads(config) * _head_dim(config) * 2 * element
+        heads = anatomy.num_kv_heads * anatomy.head_dim * 2 * element
         kv_teacher += heads
         kv += heads if attention is None else attention.kv_bytes_per_token(element)
         state += 0 if attention is None else attention.mixer.state_bytes(element)
@@ -216,14 +214,6 @@ def describe(student: LinearizeForCausalLM, teacher: PreTrainedModel, to: str) -
         convert=convert_estimate(parameters, new_parameters, element),
         distill=distill_estimate(facts, getattr(config, "intermediate_size", None)),
     )
-
-
-def _kv_heads(config: Any) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _start_of(name: str, to: str) -> str:
