@@ -58,15 +58,113 @@ def lengths_table(data: dict[str, Any]) -> list[str]:
     return lines
 
 
+def kernels_table(data: dict[str, Any]) -> list[str]:
+    """Every length's milliseconds, and peak memory at one of them."""
+    lengths = data["tokens"]
+    peak_at = 32768 if 32768 in lengths else lengths[-1]
+    cells: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        cells.setdefault((row["op"], row["provider"]), {})[row["tokens"]] = row
+    lines = [
+        f"| | {' | '.join(map(spaced, lengths))} | GiB at {spaced(peak_at)} |",
+        "|---" * (len(lengths) + 2) + "|",
+    ]
+    if floor := cells.get(("linear", "linearize")):
+        pairs = [pair(floor.get(length), "floor_ms") for length in lengths]
+        lines.append(f"| HBM floor of `linear` | {' | '.join(pairs)} | |")
+    for (op, provider), by_length in sorted(cells.items(), key=lambda cell: cell[0][0] != "softmax"):
+        pairs = [pair(by_length.get(length), "ms") for length in lengths]
+        name = f"**`{op}`, {provider}**" if provider == "linearize" else f"`{op}`, {provider}"
+        lines.append(f"| {name} | {' | '.join(pairs)} | {pair(by_length.get(peak_at), 'peak_gib')} |")
+    heads = f"{data['heads']} heads of {data['head_dim']} (`based`: queries and keys of 16)"
+    lines += [
+        "",
+        "Milliseconds forward / forward and backward at each length in tokens, and peak GiB above the inputs likewise. "
+        f"One {data['hardware']}, {data['dtype']}, batch {data['batch']}, {heads}. Floor: every input and output moved "
+        f"once at a copy's measured {data['copy_gbps'] / 1000:.2f} TB/s. {installed(data, *data['rows'])}; "
+        "[JSON](benchmarks/results/kernels-h200.json), made by `linearize bench kernels`.",
+    ]
+    return lines
+
+
+def pair(row: dict[str, Any] | None, ending: str) -> str:
+    """A row's figure forward / forward and backward; a dash for one that was refused or did not fit."""
+    if row is None or (row[f"forward_{ending}"] is None and row[f"forward_backward_{ending}"] is None):
+        return "-"
+    return " / ".join(figure(row[f"{part}_{ending}"]) for part in ("forward", "forward_backward"))
+
+
+def figure(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def spaced(value: float) -> str:
+    return f"{value:,.0f}".replace(",", " ")
+
+
+def installed(*runs: dict[str, Any]) -> str:
+    """The versions that timings depend on, of every run that is in the file."""
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for name in ("torch", "triton", "transformers", "fla-core", "mamba_ssm"):
+            if name in run["versions"]:
+                found.setdefault(name, {})[run["versions"][name]] = None
+    return ", ".join(f"{name} {' and '.join(versions)}" for name, versions in found.items())
+
+
+def model_table(data: dict[str, Any]) -> list[str]:
+    each = "prefill tok/s | ms a token"
+    lines = [f"| batch | context | teacher: {each} | KV | student: {each} | state + KV |", "|---" * 8 + "|"]
+    by_key = {(row["batch"], row["context"], row["model"]): row for row in data["rows"]}
+    for batch, context in dict.fromkeys((row["batch"], row["context"]) for row in data["rows"]):
+        cells = []
+        for role in ("teacher", "student"):
+            row = by_key.get((batch, context, role))
+            if row is None:
+                cells += ["-"] * 3
+                continue
+            speed = row["prefill_tokens_per_second"]
+            held = None if row["kv_bytes"] is None else (row["state_bytes"] + row["kv_bytes"]) / 2**20
+            cells += [
+                "-" if speed is None else spaced(speed),
+                figure(row["decode_ms"]),
+                "-" if held is None else f"{held:.1f} MiB" if held < 1024 else f"{held / 1024:.1f} GiB",
+            ]
+        lines.append(f"| {batch} | {spaced(context)} | " + " | ".join(cells) + " |")
+    ahead = []
+    for row in data["overtakes"]:
+        told = [
+            f"{what} {'never' if row[key] is None else f'from {spaced(row[key])} tokens on'}"
+            for key, what in (("decode", "decoding"), ("prefill", "prefill"))
+            if key in row
+        ]
+        ahead.append(f"batch {row['batch']} {', '.join(told)}")
+    compiled = any("compiled" in (row["decoder"] or "") for row in data["rows"])
+    lines += [
+        "",
+        f"Where the student is ahead: {'; '.join(ahead)}. Student: {data['student']}; teacher: {data['teacher']}"
+        f"{', each decoding compiled or not, whichever is faster' if compiled else ''}. {data['dtype']}, one "
+        f"{data['hardware']}, {installed(data, *data['rows'])}; [JSON](benchmarks/results/model-h200.json), made by "
+        "`linearize bench model`.",
+    ]
+    return lines
+
+
 TABLES = {
     "transfer": (transfer_table, "transfer-smollm2.json"),
     "lengths": (lengths_table, "lengths-smollm2-cpu.json"),
+    "kernels": (kernels_table, "kernels-h200.json"),
+    "model": (model_table, "model-h200.json"),
 }
 
 
 def written(text: str) -> str:
     """README's text with every table made anew."""
     for name, (make, file) in TABLES.items():
+        if not (RESULTS / file).exists() and f"<!-- table: {name} -->" not in text:
+            continue  # not measured yet
         body = "\n".join(make(json.loads((RESULTS / file).read_text())))
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         assert pattern.search(text), f"README.md has no place for the table {name}"

@@ -146,7 +146,9 @@ def swap_options(command: Command) -> Command:
         ),
         click.option("--window", type=int, default=None, help="Keys of exact softmax, 0 for none.  [default: 64]"),
         click.option("--keep-softmax", metavar="WHAT", help="Leave softmax: 0,7,14 | every:6 | heads:18.6,17.3."),
-        click.option("--to", required=True, metavar="MIXER", help="linear, retention, gla, mamba2, based."),
+        click.option(
+            "--to", required=True, metavar="MIXER", help="linear, retention, gla, mamba2, gated_delta, based."
+        ),
     ):
         command = option(command)
     return command

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+# Before anything imports Triton: without a GPU the kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from kernel_cases import poisoned  # noqa: F401
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -14,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-MIXER_NAMES = ["linear", "retention", "gla", "mamba2", "based"]
+MIXER_NAMES = ["linear", "retention", "gla", "mamba2", "gated_delta", "based"]
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 

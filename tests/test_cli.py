@@ -363,7 +363,7 @@ GENERATE = "generate {student} hello"
         # mixers and their options
         (2, "convert {teacher} --to lineer -o {out}", "did you mean 'linear'?"),
         (2, "plan {teacher} --to mamba", "did you mean 'mamba2'?"),
-        (2, "convert {teacher} --to transformer -o {out}", "based, gla, linear, mamba2, retention"),
+        (2, "convert {teacher} --to transformer -o {out}", "based, gated_delta, gla, linear, mamba2, retention"),
         (2, CONVERT + " --mixer-option nonsense=1", "no option 'nonsense'. It has: feature_map"),
         (2, "convert {teacher} --to gla --mixer-option gate_rnk=2 -o {out}", "did you mean 'gate_rank'?"),
         (2, "convert {teacher} --to gla --mixer-option gate_rank=few -o {out}", "must be int, got 'few'"),

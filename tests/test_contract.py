@@ -309,15 +309,6 @@ def test_generation(mixer_name, window):
     assert sampled.shape == (4, 17)
 
 
-def test_a_static_cache_is_refused():
-    from transformers import StaticCache
-
-    student = student_of("based", keep="0", dtype=torch.float32)
-    cache = StaticCache(config=student.config.parent_config, max_cache_len=64)
-    with pytest.raises(ValueError, match="static cache"):
-        student(tokens(), past_key_values=cache)
-
-
 @torch.no_grad()
 def test_a_config_makes_the_model_again_and_switches_its_cache():
     student = student_of("based", keep="0", dtype=torch.float32)

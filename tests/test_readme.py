@@ -19,6 +19,10 @@ from linearize.demo import teacher_folder, text_file
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMALL_BENCH = {
+    "kernels": "--device cpu --tokens 64 --heads 2 --head-dim 16 --ops linear",
+    "model": "--device cpu --contexts 1,40 --batch 1 --new-tokens 4",
+}
 
 
 def block(heading: str) -> list[str]:
@@ -39,7 +43,9 @@ def test_the_commands_run_in_their_order(tmp_path, monkeypatch):
         words = shlex.split(command.replace(MODEL, str(teacher_folder())))
         assert words[0] == "linearize"
         verbs.add(words[1])
-        if "--tokens" in words:
+        if words[1] == "bench":
+            words += SMALL_BENCH[words[2]].split()
+        elif "--tokens" in words:
             words[words.index("--tokens") + 1] = "2048"
             words += ["--max-length", "128", "--batch-size", "4", "--device", "cpu"]
         if words[1] == "eval":

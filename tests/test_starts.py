@@ -70,7 +70,7 @@ def test_half_lives():
     torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios))
 
 
-@pytest.mark.parametrize("mixer", ["retention", "gla", "mamba2"])
+@pytest.mark.parametrize("mixer", ["retention", "gla", "mamba2", "gated_delta"])
 @torch.no_grad()
 def test_decays_start_at_the_half_lives(mixer):
     student = convert(tiny_teacher(num_key_value_heads=4), mixer)
@@ -86,6 +86,13 @@ def test_mamba2_starts_with_unit_steps():
     student = convert(tiny_teacher(), "mamba2")
     gates = student.mixer_layers()[0][1].mixer.gates(torch.randn(1, 3, 2, 16), torch.randn(1, 3, 64))
     torch.testing.assert_close(gates.value_scale, torch.ones(1, 3, 2))
+
+
+@torch.no_grad()
+def test_gated_delta_starts_by_replacing_half():
+    student = convert(tiny_teacher(), "gated_delta")
+    gates = student.mixer_layers()[0][1].mixer.gates(torch.randn(1, 3, 2, 16), torch.randn(1, 3, 64))
+    torch.testing.assert_close(gates.beta, torch.full((1, 3, 2), 0.5))
 
 
 def test_convert_leaves_its_argument_alone():

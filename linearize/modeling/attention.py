@@ -11,16 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .cache import MixerCacheLayer, append, mixer_cache_layer
+from .cache import MixerCacheLayer, mixer_cache_layer
 from .configuration_linearize import AttentionAnatomy
+from .kept import kept_softmax
 from .layout import Layout, read_layout
 from .mixer import MIXERS, Mixer
-from .reference import document_positions, widen
-
-# Kept heads attend in blocks of queries where a mask is needed, so that it takes memory linear in length.
-QUERY_BLOCK = 1024
+from .reference import widen
 
 
 class HeadRMSNorm(nn.Module):
@@ -136,14 +133,14 @@ class LinearizeAttention(nn.Module):
         if (bounds := kwargs.get("cu_seq_lens_q")) is not None and batch == 1:
             layout = Layout(cu_seqlens=bounds.long())
         else:
-            layout = read_layout(attention_mask, position_ids, batch, tokens)
+            past = cache.get_seq_length() if cache is not None and cache.is_static else None
+            layout = read_layout(attention_mask, position_ids, batch, tokens, past)
         if not self.softmax_heads:
             out = self.mixer(q, k, v, hidden_states, layout=layout, cache=cache)
         else:
             out = self._partition(q, k, v, hidden_states, layout, cache)
         if cache is not None:
-            cache.seen += tokens
-            cache.is_initialized = True
+            cache.advance(tokens, q.device)
         return self.o_proj(out.flatten(2)), None
 
     def _index(self, name: str, groups: list[int], per_group: int, device: torch.device) -> Tensor:
@@ -174,71 +171,5 @@ class LinearizeAttention(nn.Module):
         )
         out = torch.zeros_like(q).index_copy(2, mix_h, mixed.to(q.dtype))
         kept_all = torch.zeros_like(q).index_copy(2, soft_h, kept.to(q.dtype))
-        is_soft = torch.zeros(q.shape[2], dtype=torch.bool, device=device)
-        is_soft[self._index("softmax_heads", self.softmax_heads, 1, device)] = True
-        return torch.where(is_soft[:, None], kept_all, out)
-
-
-def kept_softmax(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    layout: Layout,
-    cache: MixerCacheLayer | None,
-) -> Tensor:
-    """Causal softmax attention of the kept heads.
-
-    Args:
-        q, k, v: [B, T, H, D], [B, T, G, D], [B, T, G, D].
-        window: the teacher's sliding window, None for everything.
-        layout: pads and documents of the new tokens.
-        cache: grows by "softmax_k" and "softmax_v", [B, G, keys, D], and "softmax_pads", [B].
-
-    Returns:
-        [B, T, H, D].
-    """
-    batch, tokens = q.shape[:2]
-    repeat = q.shape[2] // k.shape[2]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    pads = layout.pads()
-    if cache is not None:
-        k = append(cache, "softmax_k", k, 2)
-        v = append(cache, "softmax_v", v, 2)
-        old_pads = cache.get("softmax_pads")
-        if old_pads is not None:
-            # Pads of a later piece count only for a row that has had nothing but pads.
-            old_pads = old_pads.to(q.device)
-            pads = old_pads if pads is None else torch.where(old_pads == cache.seen, old_pads + pads, old_pads)
-        if pads is not None:
-            cache.tensors["softmax_pads"] = pads
-        elif cache.seen == 0:
-            cache.tensors["softmax_pads"] = torch.zeros(batch, dtype=torch.long, device=q.device)
-    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-    keys = k.shape[2]
-    offset = keys - tokens
-    unpadded = pads is None or (cache is not None and layout.real is None and not bool((pads > 0).any()))
-    whole_rows = unpadded and layout.cu_seqlens is None and (window is None or keys <= window)
-    if whole_rows and (tokens == 1 or offset == 0):
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=tokens > 1)
-        return out.transpose(1, 2)
-    column = torch.arange(keys, device=q.device)
-    document = None
-    if layout.cu_seqlens is not None:
-        document = document_positions(layout.cu_seqlens, batch * tokens)[0].view(batch, tokens)
-    pieces = []
-    for start in range(0, tokens, QUERY_BLOCK):
-        row = torch.arange(start, min(start + QUERY_BLOCK, tokens), device=q.device)
-        distance = (row + offset).unsqueeze(1) - column
-        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        mask = visible[None, None].expand(batch, 1, -1, -1)
-        if pads is not None:
-            mask = mask & (column >= pads.unsqueeze(1))[:, None, None]
-        if document is not None:
-            mask = mask & (document[:, row].unsqueeze(2) == document.unsqueeze(1)).unsqueeze(1)
-        # A pad's own row sees nothing; itself alone keeps it finite.
-        mask = mask | ((distance == 0)[None, None] & ~mask.any(-1, keepdim=True))
-        pieces.append(F.scaled_dot_product_attention(q[:, :, row], k, v, attn_mask=mask, scale=scale))
-    return torch.cat(pieces, dim=2).transpose(1, 2)
+        is_soft = self._index("is_softmax", [int(h in self.softmax_heads) for h in range(q.shape[2])], 1, device)
+        return torch.where((is_soft > 0)[:, None], kept_all, out)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .dispatch import linear_step, taylor_attention
 from .mixer import NormalizedMixer, register
-from .reference import LinearState, taylor_attention, widen
+from .reference import LinearState, widen
 
 
 @register("based")
@@ -58,3 +59,9 @@ class Based(NormalizedMixer):
         q = widen(torch.einsum("bthd,hdr->bthr", q, self.proj_q.to(q.dtype))) * self.scale
         k = widen(torch.einsum("bthd,hdr->bthr", k, self.proj_k.to(k.dtype)))
         return taylor_attention(q, k, v, key_weight=weight, **state)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, k_state: Tensor | None, **token: Any) -> Tensor:
+        token["weight"] = self.step_weight(k, token.get("weight"))
+        q = torch.einsum("bhd,hdr->bhr", q.to(self.proj_q.dtype), self.proj_q)
+        k = torch.einsum("bhd,hdr->bhr", k.to(self.proj_k.dtype), self.proj_k)
+        return linear_step(q, k, v, kv, k_state, feature="taylor", q_scale=self.scale, join="share", **token)[0]

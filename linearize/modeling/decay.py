@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import linear_step
 from .feature_maps import make_feature_map
 from .mixer import UnnormalizedMixer, simple_linear
 from .reference import LinearState
@@ -61,3 +62,8 @@ class DecayingMixer(UnnormalizedMixer):
         **state: Any,
     ) -> tuple[Tensor, Tensor | None, LinearState | None]:
         return simple_linear(self.map_q(q), self.map_k(k), v, key_weight, log_decay=log_decay, **state)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, k_state: Tensor | None, **token: Any) -> Tensor:
+        token.pop("lse", None)  # the two sides are added, not weighed against each other
+        (q, feature), (k, _) = self.map_q.step(q), self.map_k.step(k)
+        return linear_step(q, k, v, kv, feature=feature, **self.step_norm(), **token)[0]

@@ -15,7 +15,7 @@ from .reference import widen
 
 
 class FeatureMap(nn.Module):
-    """Base: `forward` takes [B, T, heads, head_dim] and gives [B, T, heads, size]."""
+    """Base: `forward` takes [B, T, heads, head_dim] and gives [B, T, heads, size] in the same dtype."""
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -27,6 +27,11 @@ class FeatureMap(nn.Module):
 
     def reset_parameters(self) -> None:
         """The start that needs neither data nor the teacher's weights."""
+
+    def step(self, x: Tensor) -> tuple[Tensor, str]:
+        """For one token, x [B, heads, head_dim]: what a `feature` of the recurrent step turns into this map's features,
+        and that feature's name (see step_reference.py)."""
+        return self(x.unsqueeze(1)).squeeze(1), "none"
 
 
 class Hedgehog(FeatureMap):
@@ -47,7 +52,10 @@ class Hedgehog(FeatureMap):
 
     def forward(self, x: Tensor) -> Tensor:
         y = widen(torch.einsum("bthd,hde->bthe", x, self.weight.to(x.dtype)))
-        return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1)
+        return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1).to(x.dtype)
+
+    def step(self, x: Tensor) -> tuple[Tensor, str]:
+        return torch.einsum("bhd,hde->bhe", x.to(self.weight.dtype), self.weight), "hedgehog"
 
 
 class T2R(FeatureMap):
@@ -66,28 +74,40 @@ class T2R(FeatureMap):
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.einsum("bthd,hde->bthe", x, self.weight.to(x.dtype)) + self.bias.to(x.dtype)
-        return F.relu(widen(y))
+        return F.relu(y)
+
+    def step(self, x: Tensor) -> tuple[Tensor, str]:
+        return torch.einsum("bhd,hde->bhe", x.to(self.weight.dtype), self.weight) + self.bias, "relu"
 
 
 class Elu(FeatureMap):
     """elu(x) + 1, without weights. Source: Katharopoulos et al. 2020 (2006.16236)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.elu(widen(x)) + 1
+        return (F.elu(widen(x)) + 1).to(x.dtype)
+
+    def step(self, x: Tensor) -> tuple[Tensor, str]:
+        return x, "elu"
 
 
 class Softmax(FeatureMap):
     """softmax over the features, without weights. Source: Lan et al. 2025 (LIGER, 2503.01496)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return widen(x).softmax(-1)
+        return widen(x).softmax(-1).to(x.dtype)
+
+    def step(self, x: Tensor) -> tuple[Tensor, str]:
+        return x, "softmax"
 
 
 class Identity(FeatureMap):
     """x itself: weights q . k can be negative, so only the mixers that normalise their output take it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return widen(x)
+        return x
+
+    def step(self, x: Tensor) -> tuple[Tensor, str]:
+        return x, "none"
 
 
 FEATURE_MAPS: dict[str, type[FeatureMap]] = {

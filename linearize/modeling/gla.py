@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .decay import DecayingMixer
-from .mixer import Gates, register
-from .reference import widen
+from .mixer import Gates, project_gate, register
 
 
 @register("gla")
@@ -57,6 +56,5 @@ class GLA(DecayingMixer):
     def gates(self, k: Tensor, x: Tensor | None) -> Gates:
         if x is None:
             raise ValueError("gla computes its gates from the layer's input: pass x, [B, T, hidden]")
-        low = widen(F.linear(x, self.gate_down.to(x.dtype)))
-        gate = F.linear(low, self.gate_up.to(low.dtype), self.gate_bias.to(low.dtype))
+        gate = project_gate(project_gate(x, self.gate_down), self.gate_up, self.gate_bias)
         return Gates(log_decay=F.logsigmoid(gate).unflatten(-1, (self.num_states, -1)) / self.TEMPERATURE)

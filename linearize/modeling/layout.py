@@ -24,15 +24,32 @@ class Layout:
         return None if self.real is None else (self.real.long().cumsum(1) == 0).sum(1)
 
 
-def _real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
-    """[B, T] True where a token is no pad, from the 2D mask or from the 4D one that sdpa and eager layers get."""
+def refuse(condition: Tensor, message: str) -> None:
+    """Raises where `condition` (of one element) holds: a ValueError, or in compiled code an assertion on the device,
+    because a compiled forward cannot wait for a value."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(~condition, message)
+    elif bool(condition):
+        raise ValueError(message)
+
+
+def _real_tokens(attention_mask: Tensor | None, tokens: int, past: Tensor | int | None) -> Tensor | None:
+    """[B, T] True where a token is no pad, from the 2D mask or from the 4D one that sdpa and eager layers get.
+
+    `past` is the tokens before these in a static cache, whose 4D masks have a column for each token it has room for.
+    """
     if attention_mask is None:
         return None
     if attention_mask.dim() == 2:
         return attention_mask[:, -tokens:].bool()
     if attention_mask.dim() != 4:
         raise ValueError(f"attention_mask must have 2 or 4 dimensions, got {tuple(attention_mask.shape)}")
-    mask = attention_mask[:, 0, :, -tokens:]
+    if past is None:
+        mask = attention_mask[:, 0, :, -tokens:]
+    elif tokens == 1:
+        return None  # `generate` alone decodes with such masks, and what it adds is never a pad
+    else:
+        mask = attention_mask[:, 0].index_select(2, torch.arange(tokens, device=attention_mask.device) + past)
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     return visible.any(1)  # a pad is seen by no query
 
@@ -48,24 +65,35 @@ def forget_layout() -> None:
     _last = None
 
 
-def read_layout(attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, tokens: int) -> Layout:
-    """Layout of the B x T new tokens of a forward.
+def read_layout(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    batch: int,
+    tokens: int,
+    past: Tensor | int | None = None,
+) -> Layout:
+    """Layout of the B x T new tokens of a forward; `past` as in `_real_tokens`.
 
     Pads are on the left (or, without a cache, on the right). Without pads, `position_ids` that do not rise by one
-    start a new document.
+    start a new document. Compiled code cannot look at them: there `cu_seq_lens_q` tells documents, and positions that
+    restart are refused.
 
     Raises:
         ValueError: pads and packed documents in one batch, or a mask that is neither 2D nor 4D.
     """
     global _last
+    if tokens == 1 and attention_mask is None:
+        return Layout()
+    if torch.compiler.is_compiling():
+        return _trace(attention_mask, position_ids, tokens, past)
     tensors = [tensor for tensor in (attention_mask, position_ids) if tensor is not None]
     if any(tensor.is_inference() for tensor in tensors):
-        return _read(attention_mask, position_ids, batch, tokens)
-    key = (attention_mask, position_ids, batch, tokens, *(tensor._version for tensor in tensors))
+        return _read(attention_mask, position_ids, batch, tokens, past)
+    key = (attention_mask, position_ids, batch, tokens, past, *(tensor._version for tensor in tensors))
     last = _last
     if last is not None and len(last[0]) == len(key) and all(map(_same, last[0], key)):
         return last[1]
-    layout = _read(attention_mask, position_ids, batch, tokens)
+    layout = _read(attention_mask, position_ids, batch, tokens, past)
     _last = (key, layout)
     return layout
 
@@ -74,16 +102,40 @@ def _same(a: Tensor | int | None, b: Tensor | int | None) -> bool:
     return a is b or (isinstance(a, int) and isinstance(b, int) and a == b)
 
 
-def _read(attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, tokens: int) -> Layout:
-    real = _real_tokens(attention_mask, tokens)
+def _starts(position_ids: Tensor | None) -> Tensor | None:
+    """[1 or B, T - 1] True where the next token starts a document."""
+    if position_ids is None or position_ids.dim() != 2:
+        return None
+    return position_ids[:, 1:] != position_ids[:, :-1] + 1
+
+
+def _trace(
+    attention_mask: Tensor | None, position_ids: Tensor | None, tokens: int, past: Tensor | int | None
+) -> Layout:
+    """The layout in compiled code: a mask's pads, and no packed documents."""
+    real = _real_tokens(attention_mask, tokens, past)
+    starts = _starts(position_ids)
+    if tokens > 1 and starts is not None:
+        if real is not None:
+            starts = starts & real[:, 1:] & real[:, :-1]
+        refuse(starts.any(), "position_ids restart: a compiled forward is told packed documents by cu_seq_lens_q")
+    return Layout(real=real)
+
+
+def _read(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    batch: int,
+    tokens: int,
+    past: Tensor | int | None,
+) -> Layout:
+    real = _real_tokens(attention_mask, tokens, past)
     if tokens == 1:
         return Layout(real=real)
     if real is not None and real.shape[0] != batch:
         real = real.expand(batch, -1)
     padded = real is not None and not bool(real.all())
-    starts: Tensor | None = None
-    if position_ids is not None and position_ids.dim() == 2:
-        starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    starts = _starts(position_ids)
     if padded:
         assert real is not None
         if starts is not None and bool((starts & real[:, 1:] & real[:, :-1]).any()):

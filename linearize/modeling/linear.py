@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .dispatch import linear_step
 from .feature_maps import make_feature_map
 from .mixer import NormalizedMixer, register, simple_linear
 from .reference import LinearState
@@ -52,3 +53,8 @@ class LinearAttention(NormalizedMixer):
     ) -> tuple[Tensor, Tensor | None, LinearState | None]:
         weight = self.weigh_keys(k, key_weight)
         return simple_linear(self.map_q(q), self.map_k(k), v, weight, normalizer=True, **state)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, k_state: Tensor | None, **token: Any) -> Tensor:
+        token["weight"] = self.step_weight(k, token.get("weight"))
+        (q, feature), (k, _) = self.map_q.step(q), self.map_k.step(k)
+        return linear_step(q, k, v, kv, k_state, feature=feature, join="share", **token)[0]

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .decay import DecayingMixer
-from .mixer import Gates, register
-from .reference import LinearState, widen
+from .mixer import Gates, project_gate, register
+from .reference import LinearState
 
 
 @register("mamba2")
@@ -52,7 +52,7 @@ class Mamba2(DecayingMixer):
     def gates(self, k: Tensor, x: Tensor | None) -> Gates:
         if x is None:
             raise ValueError("mamba2 computes its step sizes from the layer's input: pass x, [B, T, hidden]")
-        step = widen(F.linear(x, self.dt_weight.to(x.dtype)))
+        step = project_gate(x, self.dt_weight)
         dt = F.softplus(step + self.dt_bias.to(step.dtype))
         return Gates(log_decay=-dt * self.A_log.to(step.dtype).exp(), value_scale=dt)
 
@@ -69,3 +69,6 @@ class Mamba2(DecayingMixer):
         seen = v if key_weight is None else v * key_weight.to(v.dtype).unsqueeze(-1)
         skip = seen.repeat_interleave(self.num_heads // self.num_states, dim=2).to(out.dtype)
         return out + self.D.to(out.dtype).unsqueeze(-1) * skip, z, final
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, k_state: Tensor | None, **token: Any) -> Tensor:
+        return super().step(q, k, v, kv, k_state, skip=self.D, **token)

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .cache import MixerCacheLayer
+from .cache import MixerCacheLayer, roll, unroll
+from .dispatch import linear_attention, window_attention, window_step
 from .layout import Layout
-from .reference import LinearState, document_positions, linear_attention, widen, window_attention
+from .reference import LinearState, document_positions, widen
+from .step_reference import KEY_GAIN_LIMIT, MOST_FEATURES, join_norm, join_share
 
 MIXERS: dict[str, type[Mixer]] = {}
 
@@ -46,10 +48,11 @@ def register(name: str):
 
 class Gates(NamedTuple):
     """What a mixer computes from a token alone, before the window delays it: `log_decay` [B, T, G] or [B, T, G, K] at
-    most 0, and `value_scale` [B, T, G]. None where it has none."""
+    most 0, `value_scale` [B, T, G], and the delta rule's `beta` [B, T, G]. None where it has none."""
 
     log_decay: Tensor | None = None
     value_scale: Tensor | None = None
+    beta: Tensor | None = None
 
 
 class Mixer(nn.Module):
@@ -70,6 +73,15 @@ class Mixer(nn.Module):
     name: ClassVar[str]
     summary: ClassVar[str]
     needs_hidden: ClassVar[bool] = False
+    has_step: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # A class that says anew what its branch is takes the general way for one token too, unless it says that anew.
+        if "step" in cls.__dict__:
+            cls.has_step = True
+        elif "linear" in cls.__dict__ or "join" in cls.__dict__:
+            cls.has_step = False
 
     def __init__(
         self,
@@ -125,13 +137,23 @@ class Mixer(nn.Module):
         key_weight: Tensor | None,
         **state: Any,
     ) -> tuple[Tensor, Tensor | None, LinearState | None]:
-        """The linear branch on keys that are its own to see; `key_weight` [B, T, G] is 0 at those that are not."""
+        """The linear branch on keys that are its own to see; `key_weight` [B, T, G] is 0 at those that are not, and so
+        are the gates. `state` has the operation's keywords, and `beta` where `gates` gives one."""
         raise NotImplementedError
 
     def join(self, q: Tensor, out: Tensor | None, z: Tensor | None, near: Tensor | None, lse: Tensor | None) -> Tensor:
         """One output from the linear branch (`out`, normaliser `z`) and the window's (`near`, `lse`); either may be
         None."""
         raise NotImplementedError
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, k_state: Tensor | None, **token: Any) -> Tensor:
+        """`linear` and `join` of one token, the state written in place: `linear_step` with what this mixer adds to its
+        other arguments, `token`. q [B, H, D], k and v [B, G, D], delayed by the window; returns [B, H, D]."""
+        raise NotImplementedError
+
+    def window_gains(self) -> dict[str, Tensor | None]:
+        """Arguments of `window_step` that weigh near and far keys."""
+        return {}
 
     def reset_parameters(self) -> None:
         """Starts that need neither data nor the teacher's weights."""
@@ -189,7 +211,10 @@ class Mixer(nn.Module):
             q, k, v = (tensor.flatten(0, 1).unsqueeze(0) for tensor in (q, k, v))
             x = None if x is None else x.flatten(0, 1).unsqueeze(0)
         gates = self.gates(k, x)
-        if self.window:
+        one = q.shape[1] == 1 and self.has_step and self.linear_branch and layout.real is None
+        if one and cache is not None and cache.can_step(q.device) and cache.tensors["kv"].shape[2] <= MOST_FEATURES:
+            out = self._step(q, k, v, gates, cache)
+        elif self.window:
             out = self._windowed(q, k, v, gates, layout, cache)
         else:
             weight = None if layout.real is None else layout.real.unsqueeze(-1).to(torch.float32)
@@ -213,6 +238,9 @@ class Mixer(nn.Module):
             weight = weight.expand(-1, -1, k.shape[2])
             if log_decay is not None:
                 log_decay = log_decay * (weight if log_decay.dim() == 3 else weight.unsqueeze(-1))
+        beta: dict[str, Tensor] = {}
+        if gates.beta is not None:
+            beta["beta"] = gates.beta if weight is None else gates.beta * weight
         state: LinearState | None = None
         if cache is not None and cache.get("kv") is not None:
             kv, z_k = cache.tensors["kv"].to(q.device), cache.get("k")
@@ -226,13 +254,42 @@ class Mixer(nn.Module):
             initial_state=state,
             output_final_state=cache is not None,
             cu_seqlens=layout.cu_seqlens,
+            **beta,
         )
         if cache is not None and final is not None:
-            # Clones: a view of the chunks' states would keep them all.
-            cache.tensors["kv"] = final.kv.clone()
+            cache.put("kv", final.kv)
             if final.k is not None:
-                cache.tensors["k"] = final.k.clone()
+                cache.put("k", final.k)
         return out, z
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, cache: MixerCacheLayer) -> Tensor:
+        """One real token a row, on states that are there: two launches, and what the gates and maps need."""
+        q, k, v = q[:, 0], k[:, 0], v[:, 0]
+        log_decay, value_scale, beta = (None if gate is None else gate[:, 0] for gate in gates)
+        token: dict[str, Any] = {}
+        if self.window:
+            seen = window_step(
+                q,
+                k,
+                v,
+                cache.tensors["window_k"],
+                cache.tensors["window_v"],
+                cache.tensors["length"],
+                scale=self.scale,
+                sink_k=cache.get("sink_k"),
+                sink_v=cache.get("sink_v"),
+                log_decay=log_decay,
+                window_decay=cache.get("window_decay"),
+                value_scale=value_scale,
+                window_scale=cache.get("window_scale"),
+                beta=beta,
+                window_beta=cache.get("window_beta"),
+                **self.window_gains(),
+            )
+            k, v, log_decay, value_scale, beta = seen.k, seen.v, seen.log_decay, seen.value_scale, seen.beta
+            token = {"near": seen.near, "lse": seen.lse, "weight": seen.weight, "count": cache.tensors["length"]}
+        token |= {"log_decay": log_decay, "value_scale": value_scale, "beta": beta}
+        return self.step(q, k, v, cache.tensors["kv"], cache.get("k"), **token)
 
     def _windowed(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, layout: Layout, cache: MixerCacheLayer | None
@@ -241,26 +298,40 @@ class Mixer(nn.Module):
         device = q.device
         # `start` is the place of each row's first new token in its document; pads come before place 0.
         start: Tensor | None = None
+        length: Tensor | None = None
         if layout.cu_seqlens is not None:
             place = document_positions(layout.cu_seqlens, tokens)[1].unsqueeze(0)
         else:
-            start = torch.zeros(batch, dtype=torch.long, device=device)
             if cache is not None and cache.get("length") is not None:
-                start = cache.tensors["length"].to(device)
+                length = cache.tensors["length"].to(device)
+            start = torch.zeros(batch, dtype=torch.long, device=device) if length is None else length.clone()
             pads = layout.pads()
             if pads is not None:
                 start = start - pads
             place = start.unsqueeze(1) + torch.arange(tokens, device=device)
 
-        keys, values, sink_k, sink_v = k, v, None, None
+        def before(new: Tensor | None, name: str) -> Tensor | None:
+            """`new` [B, T, ...] after the W tokens that came before it, or alone where none did."""
+            ring = None if cache is None else cache.get(name)
+            if new is None or ring is None or length is None:
+                return new
+            return torch.cat([unroll(ring.to(new), length), new], dim=1)
+
+        keys, values = before(k, "window_k"), before(v, "window_v")
+        decays, scales = before(gates.log_decay, "window_decay"), before(gates.value_scale, "window_scale")
+        betas = before(gates.beta, "window_beta")
+        assert keys is not None and values is not None
+        sink_k, sink_v = None, None
         if cache is not None and start is not None:
-            old_k, old_v = cache.get("window_k"), cache.get("window_v")
-            if old_k is not None and old_v is not None:
-                keys = torch.cat([old_k.to(k), k], dim=1)
-                values = torch.cat([old_v.to(v), v], dim=1)
             sink_k = self._carry_sinks(cache, "sink_k", k, start)
             sink_v = self._carry_sinks(cache, "sink_v", v, start)
-            cache.tensors["length"] = (start + tokens).clamp(min=0)
+            rings = zip(
+                ("window_k", "window_v", "window_decay", "window_scale", "window_beta"), (k, v, *gates), strict=True
+            )
+            for name, new in rings:
+                if new is not None:
+                    cache.put(name, roll(cache.get(name), new, start, window))
+            cache.put("length", (start + tokens).clamp(min=0))
         near, lse = window_attention(
             q,
             keys,
@@ -275,24 +346,15 @@ class Mixer(nn.Module):
         )
 
         # Keys reach the linear branch when they leave the window: everything is delayed by W tokens.
-        past = keys.shape[1] - tokens
-
-        def delayed(new: Tensor | None, name: str) -> Tensor | None:
-            if new is None:
+        def delayed(whole: Tensor | None) -> Tensor | None:
+            if whole is None:
                 return None
-            whole = new
-            if cache is not None:
-                old = cache.get(name)
-                whole = new if old is None else torch.cat([old.to(new), new], dim=1)
-                cache.tensors[name] = whole[:, -window:].clone()  # a view would keep the whole prompt
-            missing = window - (whole.shape[1] - tokens)
-            if missing > 0:
-                whole = F.pad(whole, (0, 0) * (whole.dim() - 2) + (missing, 0))
+            if whole.shape[1] == tokens:
+                whole = F.pad(whole, (0, 0) * (whole.dim() - 2) + (window, 0))
             return whole[:, :tokens]
 
-        assert 0 <= past <= window
-        late_k, late_v = delayed(k, "window_k"), delayed(v, "window_v")
-        late_gates = Gates(delayed(gates.log_decay, "window_decay"), delayed(gates.value_scale, "window_scale"))
+        late_k, late_v = delayed(keys), delayed(values)
+        late_gates = Gates(delayed(decays), delayed(scales), delayed(betas))
         assert late_k is not None and late_v is not None
         if not self.linear_branch:
             return self.join(q, None, None, near, lse)
@@ -309,8 +371,7 @@ class Mixer(nn.Module):
         found = (index >= 0) & (index < new.shape[1])
         picked = new.gather(1, index.clamp(0, new.shape[1] - 1)[..., None, None].expand(-1, -1, *new.shape[2:]))
         keep = torch.zeros_like(picked) if old is None else old.to(new)
-        cache.tensors[name] = torch.where(found[..., None, None], picked, keep)
-        return cache.tensors[name]
+        return cache.put(name, torch.where(found[..., None, None], picked, keep))
 
 
 class NormalizedMixer(Mixer):
@@ -350,24 +411,33 @@ class NormalizedMixer(Mixer):
         if self.gain_k is None:
             return key_weight
         k = widen(k)
-        learned = (torch.einsum("btgd,gd->btg", k, self.gain_k.to(k.dtype)) * self.scale).clamp(-12, 12).exp()
+        learned = torch.einsum("btgd,gd->btg", k, self.gain_k.to(k.dtype)) * self.scale
+        learned = learned.clamp(-KEY_GAIN_LIMIT, KEY_GAIN_LIMIT).exp()
         return learned if key_weight is None else learned * key_weight
 
     def join(self, q: Tensor, out: Tensor | None, z: Tensor | None, near: Tensor | None, lse: Tensor | None) -> Tensor:
         if out is None or z is None:
             assert near is not None
             return near
-        tiny = 1e-20  # no far key yet, or a map that gave nothing: the far side weighs nothing
-        far = out / z.clamp(min=tiny).unsqueeze(-1)
+        # No far key yet, or a map that gave nothing: the far side weighs nothing.
+        out = widen(out)
         if near is None or lse is None:
-            return far
+            return join_share(out, z, None, None)
         assert self.gain is not None
         gain = self.gain.to(z.dtype)
         if self.gain_q is not None:
             gain = gain + torch.einsum("bthd,hd->bth", q.to(z.dtype), self.gain_q.to(z.dtype)) * self.scale
-        share = torch.sigmoid(z.clamp(min=tiny).log() + gain - lse.clamp(min=-1e4))
-        share = share.masked_fill(z <= 0, 0).unsqueeze(-1)
-        return near + share * (far - near)
+        return join_share(out, z, near, lse - gain)
+
+    def window_gains(self) -> dict[str, Tensor | None]:
+        return {"gain": self.gain, "gain_q": self.gain_q, "gain_k": self.gain_k}
+
+    def step_weight(self, k: Tensor, weight: Tensor | None) -> Tensor | None:
+        """Weight of a token's key [B, G] from k [B, G, D]; a window has weighed it already."""
+        if weight is not None:
+            return weight
+        weighed = self.weigh_keys(k.unsqueeze(1), None)
+        return None if weighed is None else weighed.squeeze(1)
 
 
 class UnnormalizedMixer(Mixer):
@@ -394,14 +464,22 @@ class UnnormalizedMixer(Mixer):
     def join(self, q: Tensor, out: Tensor | None, z: Tensor | None, near: Tensor | None, lse: Tensor | None) -> Tensor:
         total: Tensor | None = None
         if near is not None:
+            near = widen(near)
             total = near if self.window_scale is None else near * self.window_scale.to(near.dtype).unsqueeze(-1)
         if out is not None:
-            rms = out.square().mean(-1, keepdim=True)
-            normed = out * torch.rsqrt(rms + self.EPS) * self.norm_weight.to(out.dtype)
-            far = normed * self.linear_scale.to(out.dtype).unsqueeze(-1)
-            total = far if total is None else total + far
+            total = join_norm(widen(out), near, self.norm_weight, self.linear_scale, self.window_scale, self.EPS)
         assert total is not None
         return total
+
+    def step_norm(self) -> dict[str, Any]:
+        """The join of `linear_step`."""
+        return {
+            "join": "norm",
+            "norm_weight": self.norm_weight,
+            "linear_scale": self.linear_scale,
+            "window_scale": self.window_scale,
+            "eps": self.EPS,
+        }
 
 
 @contextmanager
@@ -421,6 +499,17 @@ def linear_branch_off(model: nn.Module) -> Iterator[None]:
     finally:
         for mixer in mixers:
             mixer.linear_branch = True
+
+
+def project_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [B, T, C] times a small `weight` [n, C], plus `bias` [n]: [B, T, n] in the accumulation dtype."""
+    if x.shape[1] == 1 and not torch.is_grad_enabled():
+        # One token: a launch costs more than the product, and a cast of the weight would be paid for each.
+        x = widen(x)
+        if torch.compiler.is_compiling():  # fuses with what stands around it
+            product = (x.unsqueeze(-2) * weight.to(x.dtype)).sum(-1)
+            return product if bias is None else product + bias.to(x.dtype)
+    return widen(F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)))
 
 
 def simple_linear(

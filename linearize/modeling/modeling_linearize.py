@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .attention import LinearizeAttention
 from .based import Based
+from .cache import MixerCacheLayer
 from .configuration_linearize import AttentionAnatomy, LinearizeConfig
+from .decoding import GraphedDecoding
+from .gated_delta import GatedDelta
 from .gla import GLA
-from .layout import forget_layout
+from .layout import forget_layout, refuse
 from .linear import LinearAttention
 from .mamba2 import Mamba2
 from .retention import Retention
@@ -38,13 +42,20 @@ def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: An
 ALL_MASK_ATTENTION_FUNCTIONS.register(PADDING_MASK, _padding_mask)
 
 
+def _is_static(cache: Any) -> bool:
+    return cache is not None and any(
+        layer.is_static if isinstance(layer, MixerCacheLayer) else isinstance(layer, StaticLayer)
+        for layer in cache.layers
+    )
+
+
 def parent_class(config: LinearizeConfig) -> type[PreTrainedModel]:
     """transformers' causal language model class of the teacher."""
     mapping: Any = AutoModelForCausalLM._model_mapping
     return mapping[type(config.parent_config)]
 
 
-class LinearizeForCausalLM(PreTrainedModel, GenerationMixin):
+class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
     """The teacher's class with swapped attention; modules and tensors keep the teacher's names.
 
     Its children are the teacher class's own, and `forward` is that class's, run on this module.
@@ -135,18 +146,24 @@ class LinearizeForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a cache together with packed documents or pads on the right; a 4D mask.
         """
-        if attention_mask is not None and attention_mask.dim() == 4:
-            raise ValueError(
-                "attention_mask has 4 dimensions: a linear layer cannot follow any mask; pass a 2D mask of pads, or "
-                "position_ids that restart at each document"
-            )
-        if attention_mask is not None and attention_mask.dim() == 2:
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        length = 0 if tokens is None else tokens.shape[1]
+        if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() == 4):
+            # `generate` makes these of a mask of pads for a static cache; a token that it adds is never a pad.
+            if length != 1 or not _is_static(past_key_values):
+                raise ValueError(
+                    "attention_mask has 4 dimensions: a linear layer cannot follow any mask; pass a 2D mask of pads, "
+                    "or position_ids that restart at each document"
+                )
+        elif attention_mask is not None and attention_mask.dim() == 2:
             mask = attention_mask.bool()
-            tokens = input_ids if input_ids is not None else inputs_embeds
-            if past_key_values is not None or (use_cache and tokens is not None and tokens.shape[1] > 1):
-                if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-                    raise ValueError("attention_mask has pads on the right: pad on the left to use a cache")
-            elif position_ids is not None and bool(mask.all()):
+            if past_key_values is not None or (use_cache and length > 1):
+                if mask.shape[1] > 1:
+                    refuse(
+                        (mask[:, :-1] & ~mask[:, 1:]).any(),
+                        "attention_mask has pads on the right: pad on the left to use a cache",
+                    )
+            elif position_ids is not None and not torch.compiler.is_compiling() and bool(mask.all()):
                 attention_mask = None  # transformers looks for packed documents only where there is no mask
         if self.config.output_hidden_states:
             kwargs.setdefault("output_hidden_states", True)
@@ -206,4 +223,13 @@ class LinearizeForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 # Importing a mixer's file registers it; remote code is found through plain imports of siblings alone.
-__all__ = ["GLA", "Based", "LinearAttention", "LinearizeForCausalLM", "Mamba2", "Retention", "parent_class"]
+__all__ = [
+    "GLA",
+    "Based",
+    "GatedDelta",
+    "LinearAttention",
+    "LinearizeForCausalLM",
+    "Mamba2",
+    "Retention",
+    "parent_class",
+]

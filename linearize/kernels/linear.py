@@ -1,0 +1,651 @@
+"""`linear_attention` on the sweep engine: decay none, a scalar or a vector a token; shapes as in the reference."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from linearize.modeling.reference import LinearState
+
+from .common import (
+    INTERPRETED,
+    check_bounds,
+    check_heads,
+    check_shape,
+    launch,
+    on_device,
+    opaque,
+    power_of_2,
+)
+from .sweep import COLUMNS, MARKED, NONE, ROWS, SCALAR, states_kernel, sweep_kernel
+from .vector_decay import CHUNK, complete, cumulate, prepare
+
+
+class Tile(NamedTuple):
+    """How a sweep is cut: `width` state columns a program, its warps, and the stages its loads are ahead."""
+
+    width: int
+    warps: int
+    stages: int
+
+
+# Programs that fill the device: two on each of an H100's or H200's 132 multiprocessors.
+PROGRAMS = 264
+# Up to this many tokens one program runs a whole sequence, with narrow tiles: fewer launches.
+SHORT = 4096
+LEAST_SPAN = 1024
+
+# (gate, short) to tile, for up to 128 channels; timed on one H200.
+TILES: dict[tuple[int, bool], Tile] = {
+    (NONE, False): Tile(64, 4, 3),
+    (NONE, True): Tile(32, 4, 3),
+    (SCALAR, False): Tile(64, 4, 2),
+    (SCALAR, True): Tile(32, 4, 3),
+    (ROWS, False): Tile(64, 4, 3),
+    (ROWS, True): Tile(32, 4, 3),
+    (COLUMNS, False): Tile(64, 4, 3),
+    (COLUMNS, True): Tile(32, 4, 3),
+}
+STATES = Tile(128, 8, 3)
+MARK = CHUNK * MARKED.value  # tokens between the states that a decay's gradient begins from
+
+
+class _Plan(NamedTuple):
+    """Segments of `span` tokens, and whether they are one because the sequence is short."""
+
+    segments: int
+    span: int
+    short: bool
+
+
+@functools.cache
+def _plan(documents: int, heads: int, tokens: int, columns: int, gate: int, packed: bool) -> _Plan:
+    if tokens <= SHORT or packed:
+        return _Plan(1, max(tokens, 1), True)
+    tile = TILES[gate, False]
+    programs = documents * heads * -(-columns // min(tile.width, power_of_2(columns)))
+    segments = max(1, min(PROGRAMS // programs, tokens // LEAST_SPAN))
+    span = -(-tokens // segments)
+    span = -(-span // MARK) * MARK
+    return _Plan(-(-tokens // span), span, False)
+
+
+@functools.cache
+def _width(gate: int, short: bool, rows: int, columns: int) -> int:
+    """Columns of the state that a program holds; fewer where its rows are many."""
+    width = min(TILES[gate, short].width, power_of_2(columns))
+    return min(width, 32) if rows > 128 else width
+
+
+def _gate(g: Tensor | None) -> int:
+    return NONE if g is None else SCALAR if g.dim() == 3 else ROWS
+
+
+def _wide(v: Tensor) -> bool:
+    """Whether the dots take fp32. bf16 goes as it is; fp16's range does not hold states and weighted keys, so it goes
+    as tf32, which holds it to the bit. The interpreter truncates where the device rounds: there everything is fp32."""
+    return v.dtype != torch.bfloat16 or INTERPRETED
+
+
+def _precision(v: Tensor) -> str:
+    return "tf32x3" if v.dtype == torch.float32 else "tf32"
+
+
+def _out_dtype(v: Tensor, normalizer: bool) -> torch.dtype:
+    """v's, but fp32 for fp16 values before their normaliser: the sum outgrows 65504."""
+    return torch.float32 if normalizer and v.dtype == torch.float16 else v.dtype
+
+
+def _states(
+    b: Tensor,
+    c: Tensor,
+    cum: Tensor | None,
+    weight: Tensor | None,
+    heads: int,
+    plan: _Plan,
+    gate: int,
+    normalizer: bool,
+    reverse: bool,
+    wide: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Own states of the segments [B, heads, S, A, W], normalisers [B, heads, S, A], log decays [B, heads, S(, A)]."""
+    batch, tokens = b.shape[:2]
+    rows, columns = b.shape[3], c.shape[3]
+    shape = (batch, heads, plan.segments)
+    update = torch.empty(*shape, rows, columns, dtype=torch.float32, device=b.device)
+    norm = update.new_empty(*shape, rows) if normalizer else None
+    total = None if cum is None else update.new_empty(*shape, *((rows,) if gate == ROWS else ()))
+    block = power_of_2(rows)
+    width = min(STATES.width if block <= 128 else 64, power_of_2(columns))
+    launch(
+        states_kernel,
+        batch * heads * (plan.segments - 1) * -(-columns // width),
+        (b, c, cum, weight, update, norm, total),
+        (
+            tokens,
+            plan.span,
+            plan.segments,
+            0 if reverse else plan.segments - 1,
+        ),
+        (
+            heads,
+            b.shape[2],
+            c.shape[2],
+            heads if cum is None else cum.shape[1],
+            rows,
+            columns,
+            block,
+            width,
+            CHUNK,
+            gate,
+            normalizer,
+            weight is not None,
+            reverse and gate != NONE,
+            wide,
+            precision,
+        ),
+        STATES.warps,
+        1 if wide else STATES.stages,
+    )
+    return update, norm, total
+
+
+def _sweep(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    out: Tensor,
+    plan: _Plan,
+    gate: int,
+    wide: bool,
+    precision: str,
+    bounds: Tensor | None,
+    *,
+    reverse: bool = False,
+    transposed: bool = False,
+    cum: Tensor | None = None,
+    scores: Tensor | None = None,
+    z: Tensor | None = None,
+    dz: Tensor | None = None,
+    begin: Tensor | None = None,
+    begin_n: Tensor | None = None,
+    update: Tensor | None = None,
+    update_n: Tensor | None = None,
+    total: Tensor | None = None,
+    starts: Tensor | None = None,
+    starts_n: Tensor | None = None,
+    keep: bool = False,
+    end: Tensor | None = None,
+    end_n: Tensor | None = None,
+    state_heads: int = 0,
+    other: Tensor | None = None,
+    partner: Tensor | None = None,
+    dg: Tensor | None = None,
+    decay_gradient: int = 0,
+    marks: Tensor | None = None,
+    marks_n: Tensor | None = None,
+    final: Tensor | None = None,
+    final_n: Tensor | None = None,
+) -> None:
+    """Launches one sweep of a, b, c into `out`; see `sweep_kernel`. `transposed`: states lie in memory as [W, A]."""
+    batch, tokens, heads, columns = out.shape
+    rows = a.shape[3]
+    tile = TILES[gate, plan.short]
+    width = _width(gate, plan.short, rows, columns)
+    documents = batch if bounds is None else bounds.shape[0] - 1
+    launch(
+        sweep_kernel,
+        documents * heads * plan.segments * -(-columns // width),
+        (
+            a,
+            b,
+            c,
+            cum,
+            scores,
+            dz,
+            begin,
+            begin_n,
+            update,
+            update_n,
+            total,
+            starts,
+            starts_n,
+            end,
+            end_n,
+            out,
+            z,
+            other,
+            partner,
+            dg,
+            marks,
+            marks_n,
+            final,
+            final_n,
+            bounds,
+        ),
+        (
+            tokens,
+            plan.span,
+            plan.segments,
+        ),
+        (
+            heads,
+            a.shape[2],
+            b.shape[2],
+            c.shape[2],
+            heads if cum is None else cum.shape[1],
+            state_heads or heads,
+            heads if begin is None else begin.shape[1],
+            heads if other is None else other.shape[2],
+            1 if transposed else columns,
+            rows if transposed else 1,
+            rows,
+            columns,
+            power_of_2(rows),
+            width,
+            CHUNK,
+            gate,
+            1 if z is not None else 0 if dz is None else 2,
+            reverse,
+            bounds is not None,
+            begin is not None,
+            1 if update is not None else 0 if starts is None else 2,
+            keep,
+            end is not None,
+            decay_gradient,
+            wide,
+            precision,
+        ),
+        tile.warps,
+        1 if wide or rows > 128 else tile.stages,
+    )
+
+
+def _forward_outputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    initial_n: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalizer: bool,
+    output_state: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for the output, its normaliser, the segments' first states, the final ones and the summed decays."""
+    batch, tokens, heads, rows = q.shape
+    groups, columns = v.shape[2:]
+    documents = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    plan = _plan(documents, heads, tokens, columns, _gate(g), cu_seqlens is not None)
+    out = torch.empty(batch, tokens, heads, columns, dtype=_out_dtype(v, normalizer), device=q.device)
+    z = starts = starts_n = end = end_n = cum = None
+    if normalizer:
+        z = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    if keep and plan.segments > 1:
+        starts = torch.empty(documents, groups, plan.segments, rows, columns, dtype=torch.float32, device=q.device)
+        starts_n = torch.empty_like(starts[..., 0]) if normalizer else None
+    if output_state:
+        end = torch.empty(documents, groups, rows, columns, dtype=torch.float32, device=q.device)
+        end_n = torch.empty_like(end[..., 0]) if normalizer else None
+    if g is not None and g.dim() == 3:
+        cum = torch.empty(batch, groups, tokens, dtype=torch.float32, device=q.device)
+    return out, z, starts, starts_n, end, end_n, cum  # type: ignore[return-value]
+
+
+@opaque("linear_attention_forward", _forward_outputs)
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    initial_n: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalizer: bool,
+    output_state: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    made = _forward_outputs(q, k, v, g, initial, initial_n, cu_seqlens, normalizer, output_state, keep)
+    out, z, starts, starts_n, end, end_n, _ = made
+    batch, tokens, heads, _ = q.shape
+    groups, columns = v.shape[2:]
+    documents = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    gate, wide = _gate(g), _wide(v)
+    plan = _plan(documents, heads, tokens, columns, gate, cu_seqlens is not None)
+    with on_device(q):
+        scores = None
+        cum = None
+        if g is not None and gate == SCALAR:
+            cum = cumulate(g, cu_seqlens)
+        elif g is not None:
+            q, k, scores, cum, _ = prepare(q, k, g, cu_seqlens, wide, _precision(v))
+        update = update_n = total = None
+        if plan.segments > 1:
+            update, update_n, total = _states(
+                k, v, cum, None, groups, plan, gate, normalizer, False, wide, _precision(v)
+            )
+        _sweep(
+            q,
+            k,
+            v,
+            out,
+            plan,
+            gate,
+            wide,
+            _precision(v),
+            cu_seqlens,
+            cum=cum,
+            scores=scores,
+            z=z,
+            begin=initial,
+            begin_n=initial_n,
+            update=update,
+            update_n=update_n,
+            total=total,
+            starts=starts,
+            starts_n=starts_n,
+            keep=starts is not None,
+            end=end,
+            end_n=end_n,
+            state_heads=groups,
+        )
+    return out, z, starts, starts_n, end, end_n, cum if gate == SCALAR else None  # type: ignore[return-value]
+
+
+def _backward_outputs(
+    do: Tensor,
+    dz: Tensor | None,
+    d_end: Tensor | None,
+    d_end_n: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    initial_n: Tensor | None,
+    starts: Tensor | None,
+    starts_n: Tensor | None,
+    end: Tensor | None,
+    end_n: Tensor | None,
+    cum: Tensor | None,
+    cu_seqlens: Tensor | None,
+    decay_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Shapes of the gradients of q, k, v, the decay and the initial state."""
+    return (  # type: ignore[return-value]
+        torch.empty_like(q),
+        torch.empty_like(k),
+        torch.empty_like(v),
+        torch.empty(g.shape, dtype=g.dtype, device=q.device) if g is not None and decay_gradient else None,
+        None if initial is None else torch.empty_like(initial),
+        None if initial_n is None else torch.empty_like(initial_n),
+    )
+
+
+@opaque("linear_attention_backward", _backward_outputs)
+def _backward(
+    do: Tensor,
+    dz: Tensor | None,
+    d_end: Tensor | None,
+    d_end_n: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    initial_n: Tensor | None,
+    starts: Tensor | None,
+    starts_n: Tensor | None,
+    end: Tensor | None,
+    end_n: Tensor | None,
+    cum: Tensor | None,
+    cu_seqlens: Tensor | None,
+    decay_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, tokens, heads, rows = q.shape
+    groups, columns = v.shape[2:]
+    documents = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    gate, wide = _gate(g), _wide(v)
+    vector, precision = gate == ROWS, _precision(v)
+    plan = _plan(documents, heads, tokens, columns, gate, cu_seqlens is not None)
+    many = plan.segments > 1
+    # Gradients of keys and values are a query head's each until the end.
+    dq, dk = torch.empty_like(q), torch.empty_like(q, dtype=k.dtype)
+    dv = torch.empty(batch, tokens, heads, columns, dtype=v.dtype, device=q.device)
+    d_initial = d_initial_n = None
+    if initial is not None:
+        d_initial = torch.empty(documents, heads, rows, columns, dtype=torch.float32, device=q.device)
+        d_initial_n = None if initial_n is None else torch.empty_like(d_initial[..., 0])
+    lines = dg = marks = marks_n = None
+    if decay_gradient:
+        count = -(-tokens // MARK) * batch if cu_seqlens is None else tokens // MARK + documents
+        marks = torch.empty(
+            count, groups, columns, rows, dtype=torch.float32 if wide else torch.bfloat16, device=q.device
+        )
+        marks_n = None if dz is None else torch.empty(count, groups, rows, dtype=torch.float32, device=q.device)
+        if vector:
+            count = -(-tokens // CHUNK) * batch if cu_seqlens is None else tokens // CHUNK + documents
+            dg = torch.empty(count, heads, rows, dtype=torch.float32, device=q.device)
+        else:
+            tiles = -(-rows // _width(gate, plan.short, columns, rows))
+            lines = torch.empty(batch, heads, tiles, tokens, dtype=torch.float32, device=q.device)
+            dg = torch.empty_like(lines)
+    with on_device(q):
+        q_in, k_out, scores = q, k, None
+        if vector and g is not None:
+            prepared = prepare(q, k, g, cu_seqlens, wide, precision)
+            q_in, k_out, scores, cum, _ = prepared
+        outer = COLUMNS if vector else gate
+        _sweep(
+            do,
+            v,
+            k_out,
+            dq,
+            plan,
+            outer,
+            wide,
+            precision,
+            cu_seqlens,
+            transposed=True,
+            cum=cum,
+            dz=dz,
+            begin=None if many else initial,
+            begin_n=None if many else initial_n,
+            starts=starts if many else None,
+            starts_n=starts_n if many else None,
+            state_heads=groups,
+            other=None if lines is None else q,
+            dg=lines,
+            decay_gradient=1 if decay_gradient else 0,
+            marks=marks,
+            marks_n=marks_n,
+        )
+        update = update_n = total = None
+        if many:
+            made = _states(q_in, do, cum, dz, heads, plan, gate, dz is not None, True, wide, precision)
+            update, update_n, total = made
+        _sweep(
+            v,
+            do,
+            q_in,
+            dk,
+            plan,
+            outer,
+            wide,
+            precision,
+            cu_seqlens,
+            reverse=True,
+            transposed=True,
+            cum=cum,
+            dz=dz,
+            begin=d_end,
+            begin_n=d_end_n,
+            update=update,
+            update_n=update_n,
+            total=total,
+            end=d_initial if d_initial_n is not None else None,
+            end_n=d_initial_n,
+            other=None if lines is None else k,
+            partner=lines,
+            dg=dg,
+            decay_gradient=2 if decay_gradient else 0,
+            marks=marks,
+            marks_n=marks_n,
+            final=end if decay_gradient else None,
+            final_n=end_n if decay_gradient else None,
+        )
+        _sweep(
+            k_out,
+            q_in,
+            do,
+            dv,
+            plan,
+            gate,
+            wide,
+            precision,
+            cu_seqlens,
+            reverse=True,
+            cum=cum,
+            scores=scores,
+            begin=d_end,
+            update=update,
+            total=total,
+            end=d_initial,
+        )
+        if vector and g is not None:
+            dg = complete(q, k, v, do, dz, g, prepared, dq, dk, cu_seqlens, wide, precision, dg)
+    if dg is not None and not vector:
+        dg = dg.unflatten(1, (groups, -1)).sum((2, 3)).transpose(1, 2).to(g.dtype)  # type: ignore[union-attr]
+    return (  # type: ignore[return-value]
+        dq,
+        _per_key_head(dk, groups),
+        _per_key_head(dv, groups),
+        dg,
+        None if d_initial is None else d_initial.unflatten(1, (groups, -1)).sum(2),
+        None if d_initial_n is None else d_initial_n.unflatten(1, (groups, -1)).sum(2),
+    )
+
+
+def _per_key_head(x: Tensor, groups: int) -> Tensor:
+    """Sums [B, T, H, ...] over the query heads of each key head."""
+    return x if x.shape[2] == groups else x.unflatten(2, (groups, -1)).sum(3)
+
+
+class _LinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, initial, initial_n, cu_seqlens, normalizer, output_state):
+        ctx.set_materialize_grads(False)
+        out, z, starts, starts_n, end, end_n, cum = _forward(
+            q, k, v, g, initial, initial_n, cu_seqlens, normalizer, output_state, True
+        )
+        ctx.save_for_backward(q, k, v, g, initial, initial_n, cu_seqlens, starts, starts_n, end, end_n, cum)
+        ctx.normalizer, ctx.output_state = normalizer, output_state
+        return out, z, end, end_n
+
+    @staticmethod
+    def backward(ctx, do, dz, d_end, d_end_n):
+        q, k, v, g, initial, initial_n, cu_seqlens, starts, starts_n, end, end_n, cum = ctx.saved_tensors
+        if do is None:
+            do = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=q.device)
+        if not ctx.normalizer:
+            dz = None
+        elif dz is None:
+            dz = torch.zeros(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+        else:
+            dz = dz.float().contiguous()  # [B, H, T], as z came out
+        if not ctx.output_state or (d_end is None and d_end_n is None):
+            d_end = d_end_n = None
+        else:
+            d_end = torch.zeros_like(end) if d_end is None else d_end.float().contiguous()
+            if ctx.normalizer:
+                d_end_n = torch.zeros_like(end_n) if d_end_n is None else d_end_n.float().contiguous()
+            else:
+                d_end_n = None
+        dq, dk, dv, dg, d_initial, d_initial_n = _backward(
+            do.contiguous(),
+            dz,
+            d_end,
+            d_end_n,
+            q,
+            k,
+            v,
+            g,
+            initial,
+            initial_n,
+            starts,
+            starts_n,
+            end if ctx.output_state else None,
+            end_n if ctx.output_state and ctx.normalizer else None,
+            cum,
+            cu_seqlens,
+            g is not None and ctx.needs_input_grad[3],
+        )
+        return (
+            dq,
+            dk,
+            dv,
+            dg if ctx.needs_input_grad[3] else None,
+            None if initial is None else d_initial,
+            None if initial_n is None else d_initial_n,
+            None,
+            None,
+            None,
+        )
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    normalizer: bool = False,
+    initial_state: LinearState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor | None, LinearState | None]:
+    """Causal linear attention o_t = sum_{j<=t} (q_t . D_{j+1..t} k_j) v_j; arguments as in `modeling.reference`.
+
+    A log decay below -50 a token is taken as -50 (a weight of 2e-22). `chunk_size` is the reference's alone.
+
+    Returns:
+        Output [B, T, H, V] in v's dtype (fp32 for fp16 with a normaliser), the normaliser [B, T, H] in fp32 or None,
+        and the final state in fp32 or None.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong; names the argument.
+    """
+    check_heads(q, k, v)
+    check_bounds(cu_seqlens, q)
+    batch, tokens, groups, channels = k.shape
+    if log_decay is not None:
+        shape = (batch, tokens, groups) if log_decay.dim() == 3 else (batch, tokens, groups, channels)
+        check_shape("log_decay", log_decay, shape, q)
+        if log_decay.dim() == 4:
+            log_decay = log_decay.contiguous()
+    kv = n = None
+    if initial_state is not None:
+        kv, n = initial_state.kv, initial_state.k
+        documents = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+        check_shape("initial_state.kv", kv, (documents, groups, channels, v.shape[3]), q)
+        check_shape("initial_state.k", n, (documents, groups, channels), q)
+        kv = kv.float().contiguous()
+        n = None if not normalizer else torch.zeros_like(kv[..., 0]) if n is None else n.float().contiguous()
+    if q.dtype != v.dtype:
+        q = q.to(v.dtype)
+    if k.dtype != v.dtype:
+        k = k.to(v.dtype)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    leaves = (q, k, v, log_decay, kv, n)
+    if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
+        out, z, end, end_n = _LinearAttention.apply(*leaves, cu_seqlens, normalizer, output_final_state)
+    else:
+        out, z, _, _, end, end_n, _ = _forward(*leaves, cu_seqlens, normalizer, output_final_state, False)
+    state = LinearState(end, end_n if normalizer else None) if output_final_state else None
+    return out, z.transpose(1, 2) if normalizer else None, state

@@ -1,0 +1,114 @@
+"""Where an operation runs: tensors on a GPU take the Triton kernels, all others the reference in plain torch.
+
+`LINEARIZE_KERNELS=reference` or `=triton` forces one of the two; unset or `auto` chooses by device. fp64 always takes
+the reference. This folder is copied beside the weights, so the kernels are looked for and not required: without
+linearize installed the reference runs on the GPU too.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from .delta_reference import delta_rule as reference_delta_rule
+from .reference import linear_attention as reference_linear_attention
+from .reference import taylor_attention as reference_taylor_attention
+from .reference import window_attention as reference_window_attention
+from .step_reference import linear_step as reference_linear_step
+from .step_reference import window_step as reference_window_step
+
+Operation = TypeVar("Operation", bound=Callable[..., Any])
+CHOICES = ("auto", "triton", "reference")
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The package of kernels, or the exception that says why there is none."""
+    try:
+        return importlib.import_module("linearize.kernels")
+    except ImportError as error:
+        return error
+
+
+# Each operation's module in linearize.kernels; "" for the package.
+_PLACES = {
+    "delta_rule": "",
+    "linear_attention": "",
+    "taylor_attention": "",
+    "window_attention": "",
+    "linear_step": ".step",
+    "window_step": ".step_window",
+}
+_loaded: dict[str, Callable[..., Any]] = {}
+
+
+def _load() -> None:
+    """Finds all kernels at once: what compiled code has read of the dictionary must not change under it."""
+    for name, place in _PLACES.items():
+        module = importlib.import_module(_kernels().__name__ + place)
+        if hasattr(module, name):
+            _loaded[name] = getattr(module, name)
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    warnings.warn(
+        f"running the pure-torch operations on the GPU ({reason}): same numbers, slower. "
+        "`pip install linearize` with triton brings the Triton kernels",
+        stacklevel=2,
+    )
+
+
+def wants_kernels(tensor: Tensor) -> bool:
+    """Whether an operation on `tensor` takes the kernels.
+
+    Raises:
+        ValueError: LINEARIZE_KERNELS has an unknown value, or asks for kernels that cannot be imported.
+    """
+    return _choose(tensor.device.type == "cuda", tensor.dtype == torch.float64)
+
+
+@torch.compiler.assume_constant_result
+def _choose(on_gpu: bool, wide: bool) -> bool:
+    """`wants_kernels`, and loads them. Compiled code is made with the answer."""
+    choice = os.environ.get("LINEARIZE_KERNELS", "auto") or "auto"
+    if choice not in CHOICES:
+        raise ValueError(f"LINEARIZE_KERNELS is {choice!r}; it may be {', '.join(CHOICES)}")
+    if choice == "reference" or wide or (choice == "auto" and not on_gpu):
+        return False
+    package = _kernels()
+    if not isinstance(package, ImportError):
+        if not _loaded:
+            _load()
+        return True
+    if choice == "triton":
+        raise ValueError(f"LINEARIZE_KERNELS=triton, but the kernels cannot be imported: {package}")
+    _say_once(str(package))
+    return False
+
+
+def _routed(reference: Operation) -> Operation:
+    name = reference.__name__
+
+    @functools.wraps(reference)
+    def run(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if wants_kernels(q):
+            return _loaded[name](q, *args, **kwargs)
+        return reference(q, *args, **kwargs)
+
+    return cast(Operation, run)
+
+
+delta_rule = _routed(reference_delta_rule)
+linear_attention = _routed(reference_linear_attention)
+linear_step = _routed(reference_linear_step)
+taylor_attention = _routed(reference_taylor_attention)
+window_attention = _routed(reference_window_attention)
+window_step = _routed(reference_window_step)
