@@ -5,7 +5,7 @@ With g the log decay since the chunk's start and G its total, a chunk of C token
     T = (I + A)^-1, A_ij = beta_i e^(g_i - g_j) k_i.k_j below the diagonal       (prepare_kernel)
     N = -T diag(beta e^g) K, U = T diag(beta) V
     X = U + N S,  S <- e^G S + (e^(G - g) K)^T X                                  (sweep_kernel)
-    O = e^g Q S + (Q K^T . e^(g_i - g_j), j <= i) X                               (there, or in output_kernel)
+    O = e^g Q S + (Q K^T . e^(g_i - g_j), j <= i) X                               (output_kernel)
 
     q [rows, H, K]   k [rows, G, K]   v [rows, G, V]   beta, log_decay [rows, G]   out [rows, H, V]   (rows B * T)
     tile = chunk * G + key head:   n [tile, C, K]   u, x [tile, V, C]   g [tile, C]   T [tile, C, C]   S [tile, V, K]
@@ -32,9 +32,6 @@ from .common import INTERPRETED, check_bounds, check_heads, check_shape, dot, do
 from .delta_chunks import CHUNK, Chunks, chunk_span, chunks_of, document_span, start_kernel, within
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-# With one query head a key head the sweep makes the output too; else the states are kept and output_kernel does.
-FUSE = False
 
 
 # Kernels -----------------------------------------------------------------------------------------------------------
@@ -139,8 +136,6 @@ def sweep_kernel(
     initial,
     states,
     x,
-    q,
-    out,
     final,
     first,
     bounds,
@@ -156,8 +151,8 @@ def sweep_kernel(
 ):
     """The chunks of one document, key head and tile of value channels, one after another.
 
-    Writes what is asked for: the state before each chunk `states` and `x`; the output, where every key head has one
-    query head `q`; the state after the last chunk `final` [N, G, K, V].
+    Writes the state before each chunk `states`, `x`, and where asked for the state after the last chunk `final`
+    [N, G, K, V].
     """
     pid = tl.program_id(0)
     tiles: tl.constexpr = (V + BV - 1) // BV
@@ -175,8 +170,6 @@ def sweep_kernel(
     base = start * G + head
     tile = chunk * G + head
     offset_k = i[:, None] * (G * K) + kk[None, :]
-    offset_q = i[None, :] * (G * K) + kk[:, None]
-    offset_out = i[None, :] * (G * V) + value[:, None]
     offset_n = i[None, :] * K + kk[:, None]
     offset_u = value[:, None] * C + i[None, :]
     offset_s = value[:, None] * K + kk[None, :]
@@ -188,19 +181,9 @@ def sweep_kernel(
         decay = tl.load(g + tile * C + i)
         total = tl.load(g + tile * C + C - 1)
         held = state.to(operand)
-        if q is not None:
-            q_t = tl.load(q + base * K + offset_q, mask=live[None, :] & inside_k[:, None], other=0)
-            between = tl.where(i[:, None] <= i[None, :], decay[None, :] - decay[:, None], float("-inf"))
-            scores = (dot(keys, q_t, PRECISION) * tl.exp2(between)).to(operand)  # [key, query]
-            o_t = dot(held, q_t, PRECISION) * tl.exp2(decay)[None, :]
         x_t = dot_add(held, n_t, u_t.to(tl.float32), PRECISION)
-        if states is not None:
-            tl.store(states + tile * V * K + offset_s, held, mask=inside)
-        if x is not None:
-            tl.store(x + tile * C * V + offset_u, x_t.to(operand), mask=inside_v[:, None])
-        if q is not None:
-            o_t = dot_add(x_t.to(operand), scores, o_t, PRECISION)
-            tl.store(out + base * V + offset_out, o_t.to(operand), mask=live[None, :] & inside_v[:, None])
+        tl.store(states + tile * V * K + offset_s, held, mask=inside)
+        tl.store(x + tile * C * V + offset_u, x_t.to(operand), mask=inside_v[:, None])
         x_t *= tl.exp2(total - decay)[None, :]
         state = dot_add(x_t.to(operand), keys, state * tl.exp2(total), PRECISION)
         base += C * G
@@ -282,15 +265,13 @@ def sweep(
     initial: Tensor | None,
     chunks: Chunks,
     *,
-    states: Tensor | None = None,
-    x: Tensor | None = None,
-    q: Tensor | None = None,
-    out: Tensor | None = None,
+    states: Tensor,
+    x: Tensor,
     final: Tensor | None = None,
 ) -> None:
-    name = "sweep" if q is None else "sweep_out"
-    tensors = (k, n, u, g, initial, states, x, q, out, final, chunks.first, chunks.bounds)
-    start_kernel(sweep_kernel, name, chunks.documents * k.shape[2], tensors, chunks, k, u.shape[1])
+    """Fills `states` and `x` (see `kept`), and `final` where it is given."""
+    tensors = (k, n, u, g, initial, states, x, final, chunks.first, chunks.bounds)
+    start_kernel(sweep_kernel, "sweep", chunks.documents * k.shape[2], tensors, chunks, k, u.shape[1])
 
 
 def kept(k: Tensor, channels: int, chunks: Chunks) -> tuple[Tensor, Tensor]:
@@ -333,13 +314,10 @@ def _forward(
     with on_device(q):
         chunks = chunks_of(k, cu_seqlens)
         n, u, g, _ = prepare(k, v, beta, log_decay, chunks)
-        if FUSE and heads == k.shape[2]:
-            sweep(k, n, u, g, initial, chunks, q=q, out=out, final=final)
-        else:
-            states, x = kept(k, channels, chunks)
-            sweep(k, n, u, g, initial, chunks, states=states, x=x, final=final)
-            tensors = (q, k, g, states, x, out, chunks.spans)
-            start_kernel(output_kernel, "output", chunks.total * heads, tensors, chunks, k, channels, heads)
+        states, x = kept(k, channels, chunks)
+        sweep(k, n, u, g, initial, chunks, states=states, x=x, final=final)
+        tensors = (q, k, g, states, x, out, chunks.spans)
+        start_kernel(output_kernel, "output", chunks.total * heads, tensors, chunks, k, channels, heads)
     return out, final
 
 

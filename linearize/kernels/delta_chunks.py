@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from .common import launch, power_of_2, precision
+from .packed import packed_chunks
 
 CHUNK = 64
 
@@ -36,13 +36,9 @@ def chunks_of(k: Tensor, cu_seqlens: Tensor | None) -> Chunks:
         return Chunks(batch, batch * each, tokens, each)
     documents = cu_seqlens.shape[0] - 1
     bounds = cu_seqlens.long().clamp(0, tokens)
-    first = F.pad(((bounds.diff() + CHUNK - 1) // CHUNK).cumsum(0), (1, 0))
-    count = tokens // CHUNK + documents
-    chunk = torch.arange(count, device=k.device)
-    document = torch.searchsorted(first[1:], chunk, right=True).clamp(max=documents - 1)
-    start = bounds[document] + (chunk - first[document]) * CHUNK
-    spans = torch.stack([start, bounds[document + 1]], dim=1)
-    return Chunks(documents, count, tokens, each, spans, first, bounds)
+    first, document, place = packed_chunks(bounds, tokens, CHUNK)
+    spans = torch.stack([bounds[document] + place * CHUNK, bounds[document + 1]], dim=1)
+    return Chunks(documents, spans.shape[0], tokens, each, spans, first, bounds)
 
 
 @triton.jit
@@ -96,7 +92,6 @@ class Tile(NamedTuple):
 TILES: dict[tuple[str, bool], Tile] = {
     ("prepare", False): Tile(128, 4, 2),
     ("sweep", False): Tile(16, 4, 3),
-    ("sweep_out", False): Tile(64, 4, 2),
     ("output", False): Tile(64, 4, 1),
     ("local", False): Tile(128, 4, 1),
     ("reverse", False): Tile(16, 4, 3),
@@ -104,7 +99,6 @@ TILES: dict[tuple[str, bool], Tile] = {
     ("key", False): Tile(128, 4, 1),
     ("prepare", True): Tile(64, 8, 1),
     ("sweep", True): Tile(32, 8, 1),
-    ("sweep_out", True): Tile(32, 8, 1),
     ("output", True): Tile(64, 8, 1),
     ("local", True): Tile(32, 8, 1),
     ("reverse", True): Tile(32, 8, 1),
@@ -112,7 +106,7 @@ TILES: dict[tuple[str, bool], Tile] = {
     ("key", True): Tile(32, 8, 1),
 }
 # Kernels with a program for each tile of value channels; the others step through them.
-TILED = ("sweep", "sweep_out", "local", "reverse")
+TILED = ("sweep", "local", "reverse")
 
 
 def tile_of(kernel: str, k: Tensor, channels: int) -> Tile:

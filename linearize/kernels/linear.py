@@ -61,7 +61,7 @@ class _Plan(NamedTuple):
     short: bool
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def _plan(documents: int, heads: int, tokens: int, columns: int, gate: int, packed: bool) -> _Plan:
     if tokens <= SHORT or packed:
         return _Plan(1, max(tokens, 1), True)
@@ -73,7 +73,7 @@ def _plan(documents: int, heads: int, tokens: int, columns: int, gate: int, pack
     return _Plan(-(-tokens // span), span, False)
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def _width(gate: int, short: bool, rows: int, columns: int) -> int:
     """Columns of the state that a program holds; fewer where its rows are many."""
     width = min(TILES[gate, short].width, power_of_2(columns))
@@ -414,6 +414,7 @@ def _backward(
     vector, precision = gate == ROWS, _precision(v)
     plan = _plan(documents, heads, tokens, columns, gate, cu_seqlens is not None)
     many = plan.segments > 1
+    cum = cum if gate == SCALAR else None  # under the compiler an empty tensor stands for None
     # Gradients of keys and values are a query head's each until the end.
     dq, dk = torch.empty_like(q), torch.empty_like(q, dtype=k.dtype)
     dv = torch.empty(batch, tokens, heads, columns, dtype=v.dtype, device=q.device)

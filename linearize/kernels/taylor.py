@@ -1,4 +1,4 @@
-"""`taylor_attention`, Based's second-order Taylor linear attention, on the kernels of taylor_backward.py.
+"""`taylor_attention`, Based's second-order Taylor linear attention, on the kernels of taylor_kernels.py.
 
 Shapes, as in `linearize.modeling.reference`:
     q [B, T, H, D]   k [B, T, G, D]   v [B, T, G, V]   key_weight [B, T, G]   out [B, T, H, V]   z [B, T, H]
@@ -34,7 +34,7 @@ from .common import (
     power_of_2,
     precision,
 )
-from .taylor_backward import gradient_kernel, sweep_kernel
+from .taylor_kernels import gradient_kernel, sweep_kernel
 
 
 class Tile(NamedTuple):

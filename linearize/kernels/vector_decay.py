@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import dot, dot_add, launch, power_of_2
+from .packed import packed_chunks
 from .sweep import MARKED
 
 CHUNK = 64
@@ -38,16 +39,12 @@ def chunk_table(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """First row, end and slot of every chunk of packed documents, its place in its document and that one's chunks, in
     [tokens // 64 + N, 5]; chunks past the last are empty. Nothing here waits for the device."""
     bounds = cu_seqlens.long()
-    counts = (bounds[1:] - bounds[:-1] + CHUNK - 1) // CHUNK
-    ends = counts.cumsum(0)
-    index = torch.arange(tokens // CHUNK + counts.numel(), device=cu_seqlens.device)
-    document = torch.searchsorted(ends, index, right=True)
-    inside = document < counts.numel()
-    document = document.clamp(max=counts.numel() - 1)
-    first = bounds[document] + (index - (ends - counts)[document]) * CHUNK
-    end = torch.minimum(bounds[1:][document], first + CHUNK)
-    place = (first - bounds[document]) // CHUNK
-    return torch.stack([first * inside, end * inside, first // CHUNK + document, place, counts[document]], dim=1)
+    starts, document, place = packed_chunks(bounds, tokens, CHUNK)
+    count = starts.diff()[document]
+    inside = place < count
+    first = bounds[document] + place * CHUNK
+    end = torch.minimum(bounds[document + 1], first + CHUNK)
+    return torch.stack([first * inside, end * inside, first // CHUNK + document, place, count], dim=1)
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Where an operation runs: tensors on a GPU take the Triton kernels, all others the reference in plain torch.
 
-`LINEARIZE_KERNELS=reference` or `=triton` forces one of the two; unset or `auto` chooses by device. fp64 always takes
-the reference. This folder is copied beside the weights, so the kernels are looked for and not required: without
-linearize installed the reference runs on the GPU too.
+`LINEARIZE_KERNELS=reference` or `=triton` forces one of the two; unset or `auto` chooses by device, and on a GPU by
+whether the kernel's numbers were checked at these head sizes. fp64 always takes the reference. This folder is copied
+beside the weights, so the kernels are looked for and not required: without linearize installed the reference runs on
+the GPU too.
 """
 
 from __future__ import annotations
@@ -94,21 +95,46 @@ def _choose(on_gpu: bool, wide: bool) -> bool:
     return False
 
 
-def _routed(reference: Operation) -> Operation:
+@torch.compiler.assume_constant_result
+def _forced() -> bool:
+    return os.environ.get("LINEARIZE_KERNELS") == "triton"
+
+
+def _admitted(name: str, k: Tensor, v: Tensor, vector: bool) -> bool:
+    """Whether the kernel's numbers were checked on a GPU at these head sizes; others take the reference.
+
+    Triton 3.6 compiles some narrow dots for Hopper into reads outside their memory, so a shape is not trusted because
+    its like is right. `LINEARIZE_KERNELS=triton` takes every kernel all the same.
+    """
+    rows, columns = k.shape[-1], v.shape[-1]
+    if name == "taylor_attention":
+        return False
+    if name == "linear_attention" and not vector:
+        return min(rows, columns) >= 16 and max(rows, columns) <= 256
+    return min(rows, columns) >= 64 and max(rows, columns) <= 128
+
+
+def takes_kernels(name: str, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> bool:
+    """Whether the operation `name` runs its kernel on these tensors; raises as `wants_kernels`."""
+    vector = log_decay is not None and log_decay.dim() == 4
+    return wants_kernels(q) and (_forced() or _admitted(name, k, v, vector))
+
+
+def _routed(reference: Operation, *, check: bool = True) -> Operation:
     name = reference.__name__
 
     @functools.wraps(reference)
-    def run(q: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if wants_kernels(q):
-            return _loaded[name](q, *args, **kwargs)
-        return reference(q, *args, **kwargs)
+    def run(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if takes_kernels(name, q, k, v, kwargs.get("log_decay")) if check else wants_kernels(q):
+            return _loaded[name](q, k, v, *args, **kwargs)
+        return reference(q, k, v, *args, **kwargs)
 
     return cast(Operation, run)
 
 
 delta_rule = _routed(reference_delta_rule)
 linear_attention = _routed(reference_linear_attention)
-linear_step = _routed(reference_linear_step)
+linear_step = _routed(reference_linear_step, check=False)
 taylor_attention = _routed(reference_taylor_attention)
 window_attention = _routed(reference_window_attention)
-window_step = _routed(reference_window_step)
+window_step = _routed(reference_window_step, check=False)
