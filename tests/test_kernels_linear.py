@@ -7,6 +7,7 @@ import torch
 from kernel_cases import DECAY_TOLERANCE, DEVICE, TOLERANCE, Draw, gradients, worst_chunk
 
 from linearize.kernels import linear as kernels
+from linearize.kernels import sweeps
 from linearize.modeling import reference
 from linearize.modeling.reference import LinearState
 
@@ -70,11 +71,11 @@ def compare(q, k, v, g, *, normalizer=False, initial=None, final=False, cu_seqle
 @pytest.fixture
 def segmented(monkeypatch):
     """Cuts even short sequences into segments."""
-    monkeypatch.setattr(kernels, "SHORT", 0)
-    monkeypatch.setattr(kernels, "LEAST_SPAN", 64)
-    kernels._plan.cache_clear()
+    monkeypatch.setattr(sweeps, "SHORT", 0)
+    monkeypatch.setattr(sweeps, "LEAST_SPAN", 64)
+    sweeps.plan_of.cache_clear()
     yield
-    kernels._plan.cache_clear()
+    sweeps.plan_of.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
