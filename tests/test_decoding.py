@@ -270,7 +270,8 @@ def test_a_static_cache_holds_the_same_states(keep):
 @pytest.mark.parametrize("keep", ["0", "heads:0.1,1.2,1.3"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_static_with_softmax_kept(keep, family):
-    student, ids = student_of("retention", keep=keep, family=family), prompt()
+    # Three layers: a later swapped one must read the mask where the first did.
+    student, ids = student_of("retention", keep=keep, family=family, layers=3), prompt()
     for mask in (torch.ones_like(ids), PADDED):
         plain = student.generate(ids, attention_mask=mask, **GREEDY)
         static = student.generate(ids, attention_mask=mask, cache_implementation="static", **GREEDY)

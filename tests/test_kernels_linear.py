@@ -73,9 +73,9 @@ def segmented(monkeypatch):
     """Cuts even short sequences into segments."""
     monkeypatch.setattr(sweeps, "SHORT", 0)
     monkeypatch.setattr(sweeps, "LEAST_SPAN", 64)
-    sweeps.plan_of.cache_clear()
+    sweeps._plan.cache_clear()
     yield
-    sweeps.plan_of.cache_clear()
+    sweeps._plan.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -169,9 +169,6 @@ def test_real_head_sizes(rows, columns):
 
 @pytest.mark.parametrize("kind", ["none", "scalar", "vector"])
 def test_compiled_without_a_break(kind):
-    q, k, v, g = make(kind, torch.float32, tokens=70)
-    leaves = [t.detach().requires_grad_() for t in (q, k, v, g) if t is not None]
-
     def run(*tensors):
         decay = tensors[3] if len(tensors) > 3 else None
         out, z, state = kernels.linear_attention(
@@ -179,8 +176,35 @@ def test_compiled_without_a_break(kind):
         )
         return (out.square().sum() + z.sum() + state.kv.sum()) * 0.5
 
-    plain = torch.autograd.grad(run(*leaves), leaves)
     torch._dynamo.reset()
-    compiled = torch.autograd.grad(torch.compile(run, fullgraph=True, backend="aot_eager")(*leaves), leaves)
-    for ours, theirs in zip(compiled, plain, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for tokens in (70, 90):  # the second length is traced with a symbol in its place
+        made = make(kind, torch.float32, tokens=tokens)
+        leaves = [t.detach().requires_grad_() for t in made if t is not None]
+        plain = torch.autograd.grad(run(*leaves), leaves)
+        ours = torch.autograd.grad(compiled(*leaves), leaves)
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_laid_out_as_the_compiler_is_told(kind):
+    q, k, v, g = make(kind, torch.float32, groups=2, heads=4)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v, g) if t is not None]
+    out, _, _ = kernels.linear_attention(*leaves[:3], log_decay=leaves[3] if g is not None else None)
+    for leaf, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert gradient.shape == leaf.shape and gradient.is_contiguous()
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v, _ = make("none", torch.float32)
+    q.requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative: set LINEARIZE_KERNELS=reference"):
+        torch.autograd.grad(kernels.linear_attention(q, k, v)[0].sum(), q, create_graph=True)
+
+
+def test_bounds_with_gaps_in_memory():
+    q, k, v, g = make("scalar", torch.float32, tokens=20)
+    bounds = torch.tensor([0, 99, 9, 99, 20], device=DEVICE)
+    exact = kernels.linear_attention(q, k, v, log_decay=g, cu_seqlens=bounds[::2].clone())[0]
+    assert torch.equal(kernels.linear_attention(q, k, v, log_decay=g, cu_seqlens=bounds[::2])[0], exact)

@@ -105,11 +105,13 @@ def launch(
         warps,
         stages,
         tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]),
-        max(numbers) >> 31,
+        tuple([number >> 31 != 0 for number in numbers]) if max(numbers) >> 31 else 0,
     )
     found = _COMPILED.get(key)
-    hook = triton.knobs.runtime.launch_enter_hook
-    if found is None or getattr(hook, "calls", hook):  # a profiler's hook wants Triton's own launch
+    hooks = triton.knobs.runtime
+    # A profiler's hook wants Triton's own launch.
+    watched = [getattr(hook, "calls", hook) for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook)]
+    if found is None or any(watched):
         compiled = kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps, num_stages=stages)
         _COMPILED[key] = compiled.result() if hasattr(compiled, "result") else compiled
         return
@@ -128,6 +130,18 @@ def launch(
         *numbers,
         *constants,
     )
+
+
+def refuse_second_derivative() -> None:
+    """Called first in a backward pass. Its kernels' results have no gradient, and would pass for constants.
+
+    Raises:
+        RuntimeError: the backward pass is itself recorded (`create_graph=True`).
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "the kernels have no second derivative: set LINEARIZE_KERNELS=reference for create_graph=True"
+        )
 
 
 _HERE = nullcontext()
@@ -188,20 +202,22 @@ def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: 
         raise ValueError(f"{name} is {tensor.dtype}, not floating point")
 
 
-def check_bounds(cu_seqlens: Tensor | None, q: Tensor) -> None:
-    """`cu_seqlens` [N + 1] on q's device with a batch of 1; its values are not read, that would stall the device.
+def check_bounds(cu_seqlens: Tensor | None, q: Tensor) -> Tensor | None:
+    """`cu_seqlens` [N + 1], contiguous, on q's device with a batch of 1; its values are not read, that would stall the
+    device.
 
     Raises:
         ValueError: names the argument.
     """
     if cu_seqlens is None:
-        return
+        return None
     if q.shape[0] != 1:
         raise ValueError(f"cu_seqlens needs a flattened batch of 1, got q of batch {q.shape[0]}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
         raise ValueError(f"cu_seqlens must be whole numbers [documents + 1], got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, q on {q.device}")
+    return cu_seqlens.contiguous()
 
 
 def check_scale(scale: float) -> None:

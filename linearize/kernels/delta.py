@@ -28,7 +28,17 @@ from torch import Tensor
 
 from linearize.modeling.reference import LinearState
 
-from .common import INTERPRETED, check_bounds, check_heads, check_shape, dot, dot_add, on_device, opaque
+from .common import (
+    INTERPRETED,
+    check_bounds,
+    check_heads,
+    check_shape,
+    dot,
+    dot_add,
+    on_device,
+    opaque,
+    refuse_second_derivative,
+)
 from .delta_chunks import CHUNK, Chunks, chunk_span, chunks_of, document_span, start_kernel, within
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -341,6 +351,7 @@ class _DeltaRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, d_final):
+        refuse_second_derivative()
         from .delta_backward import backward  # which builds on this file
 
         q, k, v, beta, log_decay, initial, cu_seqlens = ctx.saved_tensors
@@ -372,7 +383,7 @@ def delta_rule(
         ValueError: an argument's shape, dtype or device is wrong; names it.
     """
     check_heads(q, k, v)
-    check_bounds(cu_seqlens, q)
+    cu_seqlens = check_bounds(cu_seqlens, q)
     check_shape("beta", beta, tuple(k.shape[:3]), q)
     check_shape("log_decay", log_decay, tuple(k.shape[:3]), q)
     documents = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from linearize.modeling.reference import LinearState
 
-from .common import INTERPRETED, check_bounds, check_heads, check_shape, on_device, opaque
+from .common import INTERPRETED, check_bounds, check_heads, check_shape, on_device, opaque, refuse_second_derivative
 from .sweep import COLUMNS, NONE, ROWS, SCALAR
 from .sweeps import MARK, plan_of, segment_states, sweep, width_of
 from .vector_decay import CHUNK, complete, cumulate, prepare
@@ -288,7 +288,7 @@ def _backward(
         if vector and g is not None:
             dg = complete(q, k, v, do, dz, g, prepared, dq, dk, cu_seqlens, wide, precision, dg)
     if dg is not None and not vector:
-        dg = dg.unflatten(1, (groups, -1)).sum((2, 3)).transpose(1, 2).to(g.dtype)  # type: ignore[union-attr]
+        dg = dg.unflatten(1, (groups, -1)).sum((2, 3)).transpose(1, 2).to(g.dtype).contiguous()  # type: ignore[union-attr]
     return (  # type: ignore[return-value]
         dq,
         _per_key_head(dk, groups),
@@ -317,6 +317,7 @@ class _LinearAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dz, d_end, d_end_n):
+        refuse_second_derivative()
         q, k, v, g, initial, initial_n, cu_seqlens, starts, starts_n, end, end_n, cum = ctx.saved_tensors
         if do is None:
             do = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=q.device)
@@ -390,8 +391,10 @@ def linear_attention(
         ValueError: a shape, dtype or device is wrong; names the argument.
     """
     check_heads(q, k, v)
-    check_bounds(cu_seqlens, q)
+    cu_seqlens = check_bounds(cu_seqlens, q)
     batch, tokens, groups, channels = k.shape
+    if tokens == 0:
+        raise ValueError("q, k and v have no tokens")
     if log_decay is not None:
         shape = (batch, tokens, groups) if log_decay.dim() == 3 else (batch, tokens, groups, channels)
         check_shape("log_decay", log_decay, shape, q)

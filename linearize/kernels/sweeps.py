@@ -50,8 +50,15 @@ class Plan(NamedTuple):
     short: bool
 
 
-@functools.lru_cache(1024)
 def plan_of(documents: int, heads: int, tokens: int, columns: int, gate: int, packed: bool) -> Plan:
+    """How one call's sweeps are cut, from shapes alone."""
+    if isinstance(tokens, int) and isinstance(documents, int):
+        return _plan(documents, heads, tokens, columns, gate, packed)
+    return _plan.__wrapped__(documents, heads, tokens, columns, gate, packed)  # the compiler's symbols cannot be keys
+
+
+@functools.lru_cache(1024)
+def _plan(documents: int, heads: int, tokens: int, columns: int, gate: int, packed: bool) -> Plan:
     if tokens <= SHORT or packed:
         return Plan(1, max(tokens, 1), True)
     tile = TILES[gate, False]

@@ -33,6 +33,7 @@ from .common import (
     opaque,
     power_of_2,
     precision,
+    refuse_second_derivative,
 )
 from .taylor_kernels import gradient_kernel, sweep_kernel
 
@@ -400,6 +401,7 @@ class _TaylorAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dz: Tensor | None, d_end: Tensor | None, d_end_k: Tensor | None):
+        refuse_second_derivative()
         q, k, v, weight, begin, cu_seqlens, totals, parts = ctx.saved_tensors
         state = (q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.shape[2], totals.shape[2])
         do = v.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do.contiguous()
@@ -441,7 +443,7 @@ def taylor_attention(
         ValueError: a shape, dtype or device is wrong; names the argument.
     """
     check_heads(q, k, v)
-    check_bounds(cu_seqlens, q)
+    cu_seqlens = check_bounds(cu_seqlens, q)
     batch, tokens, groups, channels = k.shape
     documents = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     features = 1 + channels + channels * (channels + 1) // 2

@@ -28,6 +28,7 @@ from .common import (
     opaque,
     power_of_2,
     precision,
+    refuse_second_derivative,
 )
 from .window_kernels import forward_kernel, key_kernel, query_kernel, sinks_kernel
 
@@ -174,6 +175,7 @@ class _Window(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):
+        refuse_second_derivative()
         *inputs, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
@@ -214,7 +216,7 @@ def window_attention(
     """
     check_heads(q, k, v, same_length=False)
     check_scale(scale)
-    check_bounds(cu_seqlens, q)
+    cu_seqlens = check_bounds(cu_seqlens, q)
     batch, keys, groups = k.shape[:3]
     if keys < q.shape[1]:
         raise ValueError(f"k has {keys} tokens, fewer than q with {q.shape[1]}")

@@ -133,7 +133,7 @@ class LinearizeAttention(nn.Module):
         if (bounds := kwargs.get("cu_seq_lens_q")) is not None and batch == 1:
             layout = Layout(cu_seqlens=bounds.long())
         else:
-            past = cache.get_seq_length() if cache is not None and cache.is_static else None
+            past = cache.places_before(tokens) if cache is not None and cache.is_static else None
             layout = read_layout(attention_mask, position_ids, batch, tokens, past)
         if not self.softmax_heads:
             out = self.mixer(q, k, v, hidden_states, layout=layout, cache=cache)

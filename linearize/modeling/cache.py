@@ -96,6 +96,12 @@ class MixerCacheLayer(CacheLayerMixin):
         length = (self.counter or self).count
         return 0 if length is None else length
 
+    def places_before(self, tokens: int) -> Any:
+        """Where the `tokens` of this forward begin, asked inside it: the layer that counts has counted them already by
+        the time that a later one asks."""
+        length = self.get_seq_length()
+        return length if self.counter is None else length - tokens
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (self.seen + query_length if self.max_cache_len is None else self.max_cache_len), 0
 

@@ -127,7 +127,9 @@ def record(function: Callable[[], Any], device: torch.device) -> tuple[Callable[
         RuntimeError: it does something that a CUDA graph cannot hold.
     """
     graph = torch.cuda.CUDAGraph()
-    stream = _streams.setdefault(device, torch.cuda.Stream(device))
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    stream = _streams[device]
     stream.wait_stream(torch.cuda.current_stream(device))
     collects = gc.isenabled()
     gc.disable()  # what the collector frees on the device would spoil the recording

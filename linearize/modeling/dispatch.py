@@ -29,15 +29,6 @@ Operation = TypeVar("Operation", bound=Callable[..., Any])
 CHOICES = ("auto", "triton", "reference")
 
 
-@functools.cache
-def _kernels() -> Any:
-    """The package of kernels, or the exception that says why there is none."""
-    try:
-        return importlib.import_module("linearize.kernels")
-    except ImportError as error:
-        return error
-
-
 # Each operation's module in linearize.kernels; "" for the package.
 _PLACES = {
     "delta_rule": "",
@@ -47,15 +38,30 @@ _PLACES = {
     "linear_step": ".step",
     "window_step": ".step_window",
 }
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The package of kernels, or the exception that says why there is none of them."""
+    try:
+        for place in _PLACES.values():
+            importlib.import_module("linearize.kernels" + place)
+        return importlib.import_module("linearize.kernels")
+    except ImportError as error:
+        return error
+
+
 _loaded: dict[str, Callable[..., Any]] = {}
 
 
 def _load() -> None:
-    """Finds all kernels at once: what compiled code has read of the dictionary must not change under it."""
+    """Finds all kernels, and fills the dictionary at once: what another thread or compiled code has read of it must not
+    change under them."""
+    found = {}
     for name, place in _PLACES.items():
-        module = importlib.import_module(_kernels().__name__ + place)
-        if hasattr(module, name):
-            _loaded[name] = getattr(module, name)
+        module = importlib.import_module("linearize.kernels" + place)
+        found[name] = getattr(module, name)
+    _loaded.update(found)
 
 
 @functools.cache

@@ -167,20 +167,21 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
                 attention_mask = None  # transformers looks for packed documents only where there is no mask
         if self.config.output_hidden_states:
             kwargs.setdefault("output_hidden_states", True)
-        out = self._parent_class.forward(
-            self,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
-        forget_layout()
-        return out
+        try:
+            return self._parent_class.forward(
+                self,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        finally:
+            forget_layout()
 
     def mixer_layers(self) -> list[tuple[int, LinearizeAttention]]:
         """The swapped attention modules with their layer's index."""
