@@ -356,8 +356,7 @@ def sweep_kernel(
             mask=in_a[:, None] & live[None, :],
             other=0,
         ).to(OPERAND)
-        c_raw = tl.load(c + t0 * HC * W + rows[:, None] * (HC * W) + column[None, :], mask=at_w, other=0)
-        c_t = c_raw.to(OPERAND)
+        c_t = tl.load(c + t0 * HC * W + rows[:, None] * (HC * W) + column[None, :], mask=at_w, other=0).to(OPERAND)
         if DECAY_GRADIENT != 0 and GATE == _SCALAR:  # used last, so that it has arrived by then
             x_t = tl.load(other + t0 * HO * W + rows[:, None] * (HO * W) + column[None, :], mask=at_w, other=0)
             if DECAY_GRADIENT == 2:

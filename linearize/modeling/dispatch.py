@@ -40,28 +40,19 @@ _PLACES = {
 }
 
 
-@functools.cache
-def _kernels() -> Any:
-    """The package of kernels, or the exception that says why there is none of them."""
-    try:
-        for place in _PLACES.values():
-            importlib.import_module("linearize.kernels" + place)
-        return importlib.import_module("linearize.kernels")
-    except ImportError as error:
-        return error
-
-
 _loaded: dict[str, Callable[..., Any]] = {}
 
 
-def _load() -> None:
-    """Finds all kernels, and fills the dictionary at once: what another thread or compiled code has read of it must not
-    change under them."""
-    found = {}
-    for name, place in _PLACES.items():
-        module = importlib.import_module("linearize.kernels" + place)
-        found[name] = getattr(module, name)
+@functools.cache
+def _load() -> ImportError | None:
+    """Finds all kernels, or gives what says why there are none. The dictionary is filled at once: what another thread
+    or compiled code has read of it must not change under them."""
+    try:
+        found = {name: getattr(importlib.import_module("linearize.kernels" + at), name) for name, at in _PLACES.items()}
+    except ImportError as error:
+        return error
     _loaded.update(found)
+    return None
 
 
 @functools.cache
@@ -90,14 +81,12 @@ def _choose(on_gpu: bool, wide: bool) -> bool:
         raise ValueError(f"LINEARIZE_KERNELS is {choice!r}; it may be {', '.join(CHOICES)}")
     if choice == "reference" or wide or (choice == "auto" and not on_gpu):
         return False
-    package = _kernels()
-    if not isinstance(package, ImportError):
-        if not _loaded:
-            _load()
+    missing = _load()
+    if missing is None:
         return True
     if choice == "triton":
-        raise ValueError(f"LINEARIZE_KERNELS=triton, but the kernels cannot be imported: {package}")
-    _say_once(str(package))
+        raise ValueError(f"LINEARIZE_KERNELS=triton, but the kernels cannot be imported: {missing}")
+    _say_once(str(missing))
     return False
 
 
