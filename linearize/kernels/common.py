@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .assembler import reassembled
+
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 _CAST = tl.constexpr(INTERPRETED)
 
@@ -111,9 +113,10 @@ def launch(
     hooks = triton.knobs.runtime
     # A profiler's hook wants Triton's own launch.
     watched = [getattr(hook, "calls", hook) for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook)]
-    if found is None or any(watched):
-        compiled = kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps, num_stages=stages)
-        _COMPILED[key] = compiled.result() if hasattr(compiled, "result") else compiled
+    if found is None:
+        found = _COMPILED[key] = _compile(kernel, (*tensors, *numbers, *constants), warps, stages)
+    if any(watched):
+        kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps, num_stages=stages)
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
     found.run(
@@ -130,6 +133,16 @@ def launch(
         *numbers,
         *constants,
     )
+
+
+def _compile(kernel: Any, arguments: tuple[Any, ...], warps: int, stages: int) -> Any:
+    """Triton's compiled kernel, before it is loaded onto the device, with the assembler's fault avoided."""
+    compiled = kernel.warmup(*arguments, grid=(1,), num_warps=warps, num_stages=stages)
+    compiled = compiled.result() if hasattr(compiled, "result") else compiled
+    code = reassembled(compiled)
+    if code is not None:
+        compiled.kernel = code
+    return compiled
 
 
 def refuse_second_derivative() -> None:
