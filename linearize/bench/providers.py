@@ -208,7 +208,5 @@ def path_taken(provider: Provider, inputs: Inputs) -> str | None:
     """Whether this package's call takes the kernels or the plain-torch reference; None for other providers."""
     if provider.name != "linearize":
         return None
-    names = {"based": "taylor_attention", "gated_delta": "delta_rule", "window": "window_attention"}
-    name, decay = names.get(provider.op, "linear_attention"), inputs.get("log_decay")
-    takes = dispatch.takes_kernels(name, inputs["q"], inputs["k"], inputs["v"], decay)
+    takes = dispatch.takes_kernels(inputs["q"], inputs["k"], inputs["v"])
     return "triton" if takes else "reference"

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linearize.modeling.delta_reference import delta_rule as reference_delta_rule
 from linearize.modeling.reference import LinearState
 
 from .common import (
@@ -377,7 +378,8 @@ def delta_rule(
 ) -> tuple[Tensor, LinearState | None]:
     """`modeling.delta_reference.delta_rule` on the device; the output comes in v's dtype, the state in fp32.
 
-    `chunk_size` is the reference's alone: here chunks have 64 tokens.
+    `chunk_size` is the reference's alone: here chunks have 64 tokens. The reference runs in fp32 above 128 key
+    channels, where a chunk's tiles do not fit a multiprocessor's memory.
 
     Raises:
         ValueError: an argument's shape, dtype or device is wrong; names it.
@@ -389,6 +391,12 @@ def delta_rule(
     documents = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     initial = None if initial_state is None else initial_state.kv
     check_shape("initial_state.kv", initial, (documents, *k.shape[2:], v.shape[3]), q)
+    if v.dtype == torch.float32 and k.shape[3] > 128 and not INTERPRETED:
+        out, state = reference_delta_rule(
+            q, k, v, beta=beta, log_decay=log_decay, initial_state=initial_state, output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        return out.to(v.dtype), state
     # fp16's range does not hold states and their gradients; the interpreter truncates to 16 bits and does not round.
     work = torch.float32 if INTERPRETED or v.dtype == torch.float32 else torch.bfloat16
     dtype = v.dtype

@@ -1,9 +1,8 @@
 """Where an operation runs: tensors on a GPU take the Triton kernels, all others the reference in plain torch.
 
-`LINEARIZE_KERNELS=reference` or `=triton` forces one of the two; unset or `auto` chooses by device, and on a GPU by
-whether the kernel's numbers were checked at these head sizes. fp64 always takes the reference. This folder is copied
-beside the weights, so the kernels are looked for and not required: without linearize installed the reference runs on
-the GPU too.
+`LINEARIZE_KERNELS=reference` or `=triton` forces one of the two; unset or `auto` chooses by device. fp64 and heads of
+more than 256 channels always take the reference. This folder is copied beside the weights, so the kernels are looked
+for and not required: without linearize installed the reference runs on the GPU too.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from .step_reference import window_step as reference_window_step
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 CHOICES = ("auto", "triton", "reference")
+MOST_CHANNELS = 256  # of a head, in a kernel
 
 
 # Each operation's module in linearize.kernels; "" for the package.
@@ -90,46 +90,31 @@ def _choose(on_gpu: bool, wide: bool) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
-def _forced() -> bool:
-    return os.environ.get("LINEARIZE_KERNELS") == "triton"
+def takes_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether an operation runs its kernel on these tensors; raises as `wants_kernels`."""
+    return max(k.shape[-1], v.shape[-1]) <= MOST_CHANNELS and wants_kernels(q)
 
 
-def _admitted(name: str, k: Tensor, v: Tensor, vector: bool) -> bool:
-    """Whether the kernel's numbers were checked on a GPU at these head sizes; others take the reference.
-
-    Triton 3.6 compiles some narrow dots for Hopper into reads outside their memory, so a shape is not trusted because
-    its like is right. `LINEARIZE_KERNELS=triton` takes every kernel all the same.
-    """
-    rows, columns = k.shape[-1], v.shape[-1]
-    if name == "taylor_attention":
-        return False
-    if name == "linear_attention" and not vector:
-        return min(rows, columns) >= 16 and max(rows, columns) <= 256
-    return min(rows, columns) >= 64 and max(rows, columns) <= 128
-
-
-def takes_kernels(name: str, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> bool:
-    """Whether the operation `name` runs its kernel on these tensors; raises as `wants_kernels`."""
-    vector = log_decay is not None and log_decay.dim() == 4
-    return wants_kernels(q) and (_forced() or _admitted(name, k, v, vector))
-
-
-def _routed(reference: Operation, *, check: bool = True) -> Operation:
+def _routed(reference: Operation, takes: Callable[[Tensor, Tensor, Tensor], bool] = takes_kernels) -> Operation:
     name = reference.__name__
 
     @functools.wraps(reference)
     def run(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if takes_kernels(name, q, k, v, kwargs.get("log_decay")) if check else wants_kernels(q):
+        if takes(q, k, v):
             return _loaded[name](q, k, v, *args, **kwargs)
         return reference(q, k, v, *args, **kwargs)
 
     return cast(Operation, run)
 
 
+def _steps(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """A decoding step's kernel takes heads of any size."""
+    return wants_kernels(q)
+
+
 delta_rule = _routed(reference_delta_rule)
 linear_attention = _routed(reference_linear_attention)
-linear_step = _routed(reference_linear_step, check=False)
+linear_step = _routed(reference_linear_step, _steps)
 taylor_attention = _routed(reference_taylor_attention)
 window_attention = _routed(reference_window_attention)
-window_step = _routed(reference_window_step, check=False)
+window_step = _routed(reference_window_step, _steps)
