@@ -88,7 +88,7 @@ def trace(args: argparse.Namespace, mixer: str, teacher: Any, tokenizer: Any, ke
     os.environ[KERNELS] = kernels
     torch.manual_seed(seed)
     student = convert(teacher, mixer, window=args.window, sinks=args.sinks)
-    tokens = args.steps * args.batch_size * args.length
+    tokens = args.steps * args.trace_batch_size * args.length
     work = Path(args.out).with_suffix(f".{mixer}-{kernels}-{seed}.work")
     distill(
         student,
@@ -98,7 +98,7 @@ def trace(args: argparse.Namespace, mixer: str, teacher: Any, tokenizer: Any, ke
         stage="transfer",
         tokens=tokens,
         max_length=args.length,
-        batch_size=args.batch_size,
+        batch_size=args.trace_batch_size,
         learning_rate=args.learning_rate,
         seed=seed,
         log_steps=1,
@@ -122,7 +122,8 @@ def main() -> None:
     parser.add_argument("--sinks", type=int, default=1)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--trace-batch-size", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=24, help="of a trace")
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args()
@@ -137,7 +138,10 @@ def main() -> None:
         "versions": versions(),
         "commit": os.environ.get("LINEARIZE_COMMIT"),
         "command": "python benchmarks/transfer_step.py " + " ".join(Path(a).name for a in sys.argv[1:]),
-        **{name: getattr(args, name) for name in ("window", "sinks", "length", "batch_size", "steps", "learning_rate")},
+        **{
+            name: getattr(args, name)
+            for name in ("window", "sinks", "length", "batch_size", "trace_batch_size", "steps", "learning_rate")
+        },
         "shares": [],
         "traces": [],
     }

@@ -100,39 +100,31 @@ def launch(
         kernel[(programs,)](*tensors, *numbers, *constants)
         return
     device = torch.cuda.current_device()
+    # Addresses, because Triton asks the driver about every tensor that it is given.
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
     key = (
         id(kernel),
         device,
         constants,
         warps,
         stages,
-        tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]),
+        tuple([None if t is None else t.dtype for t in tensors]),
+        tuple([a is not None and a % 16 for a in addresses]),
         tuple([number >> 31 != 0 for number in numbers]) if max(numbers) >> 31 else 0,
     )
     found = _COMPILED.get(key)
+    if found is None:
+        found = _COMPILED[key] = _compile(kernel, (*tensors, *numbers, *constants), warps, stages)
     hooks = triton.knobs.runtime
     # A profiler's hook wants Triton's own launch.
     watched = [getattr(hook, "calls", hook) for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook)]
-    if found is None:
-        found = _COMPILED[key] = _compile(kernel, (*tensors, *numbers, *constants), warps, stages)
     if any(watched):
         kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps, num_stages=stages)
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
-    found.run(
-        programs,
-        1,
-        1,
-        stream,
-        found.function,
-        found.packed_metadata,
-        None,
-        None,
-        None,
-        *tensors,
-        *numbers,
-        *constants,
-    )
+    run = found.run  # which loads it the first time
+    function, metadata = found.function, found.packed_metadata
+    run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *numbers, *constants)
 
 
 def _compile(kernel: Any, arguments: tuple[Any, ...], warps: int, stages: int) -> Any:
