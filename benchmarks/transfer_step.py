@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from linearize.convert import convert
 from linearize.data import pack
 from linearize.distill import distill
+from linearize.distill.stages import compiled_mixers
 from linearize.distill.transfer import attention_pairs, transfer_pass
 from linearize.provenance import versions
 from linearize.source import ModelSource, load_model, load_tokenizer
@@ -102,6 +104,7 @@ def trace(args: argparse.Namespace, mixer: str, teacher: Any, tokenizer: Any, ke
         learning_rate=args.learning_rate,
         seed=seed,
         log_steps=1,
+        compile=args.compile and kernels != "reference",
         work_dir=work,
         overwrite=True,
         device="cuda",
@@ -125,6 +128,7 @@ def main() -> None:
     parser.add_argument("--trace-batch-size", type=int, default=2)
     parser.add_argument("--steps", type=int, default=24, help="of a trace")
     parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--compile", action="store_true", help="measure compiled mixers, as `distill --compile`")
     parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args()
     source = ModelSource(args.teacher, gguf_file=args.gguf_file)
@@ -140,7 +144,16 @@ def main() -> None:
         "command": "python benchmarks/transfer_step.py " + " ".join(Path(a).name for a in sys.argv[1:]),
         **{
             name: getattr(args, name)
-            for name in ("window", "sinks", "length", "batch_size", "trace_batch_size", "steps", "learning_rate")
+            for name in (
+                "window",
+                "sinks",
+                "length",
+                "batch_size",
+                "trace_batch_size",
+                "steps",
+                "learning_rate",
+                "compile",
+            )
         },
         "shares": [],
         "traces": [],
@@ -153,7 +166,8 @@ def main() -> None:
     os.environ[KERNELS] = "auto"
     for mixer in args.mixers.split(","):
         student = convert(teacher, mixer, window=args.window, sinks=args.sinks).to("cuda").train()
-        with_mixer, wall = kernel_ms(student, teacher, tokens, 5)
+        with compiled_mixers(student) if args.compile else nullcontext():
+            with_mixer, wall = kernel_ms(student, teacher, tokens, 5)
         bare = copy.copy(student)
         for _, attention in bare.mixer_layers():
             attention.mixer = Copied()

@@ -650,3 +650,39 @@ def test_a_spec_is_packed_with_the_stage_options(teacher, monkeypatch, tmp_path)
     }  # fmt: skip
     with pytest.raises(UserError, match="tokenizer"):
         distill(student_of(teacher), teacher, text, transfer=transfer_options())
+
+
+@pytest.mark.slow
+def test_compiled_mixers_train_alike(teacher):
+    """One program for all layers, the losses of eager training, and nothing left behind."""
+    logs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        student = student_of(teacher, "retention")
+        options = {"stage": "transfer", "batch_size": 2, "max_length": LENGTH, "log_steps": 1, "device": "cpu"}
+        student = distill(student, teacher, rows(), compile=compiled, **options)
+        logs.append([line["loss"] for line in student.distillation[0].log])
+        assert torch._dynamo.utils.counters["stats"].get("unique_graphs", 0) == int(compiled)
+        assert all(attention.mixer._compiled_call_impl is None for _, attention in student.mixer_layers())
+    assert len(logs[0]) == 4
+    torch.testing.assert_close(torch.tensor(logs[1]), torch.tensor(logs[0]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["retention", "gated_delta"])
+def test_compiled_gradients(teacher, mixer):
+    """Of everything that goes into a mixer: inductor once gave the keys a wrong one."""
+    torch._dynamo.reset()
+    layer = next(iter(student_of(teacher, mixer).mixer_layers()))[1].mixer.double()
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 40, 4, 16), (2, 40, 2, 16), (2, 40, 2, 16), (2, 40, 64), (2, 40, 4, 16)]
+    *leaves, seed = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    wanted = [*leaves, *layer.parameters()]
+    exact = torch.autograd.grad(layer(*leaves), wanted, seed, allow_unused=True)
+    layer.compile()
+    for ours, theirs in zip(torch.autograd.grad(layer(*leaves), wanted, seed, allow_unused=True), exact, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)

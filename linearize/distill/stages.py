@@ -71,6 +71,8 @@ def _train(
         stack.enter_context(training_only(model, names))
         if teacher is not None:
             stack.enter_context(_evaluating(teacher))
+        if options.compile:
+            stack.enter_context(compiled_mixers(student))
         trainer = trainer_class(
             model,
             student,
@@ -100,6 +102,20 @@ def _evaluating(teacher: nn.Module) -> Iterator[None]:
         yield
     finally:
         teacher.train(was_training)
+
+
+@contextmanager
+def compiled_mixers(student: Any) -> Iterator[None]:
+    """Compiles each mixer, and leaves the student as it was. Layers of one shape share one compiled program, which
+    joins what surrounds the kernels: feature maps, norms, gains and their gradients."""
+    mixers = [attention.mixer for _, attention in student.mixer_layers()]
+    for mixer in mixers:
+        mixer.compile()
+    try:
+        yield
+    finally:
+        for mixer in mixers:
+            mixer._compiled_call_impl = None
 
 
 @contextmanager

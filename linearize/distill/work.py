@@ -20,7 +20,7 @@ RUN_FILE = "run.json"
 LOG_FILE = "loss.jsonl"
 TRAINABLE_FILE = "trainable.safetensors"
 # a checkpoint may be read on other hardware and saved or logged at another pace
-_FREE = ("save_steps", "log_steps", "device")
+_FREE = ("save_steps", "log_steps", "device", "compile")
 
 
 @dataclass(frozen=True, kw_only=True)

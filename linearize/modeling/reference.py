@@ -310,11 +310,12 @@ def window_attention(
             count = -(-queries // size)
             left = back * size - offset
             right = count * size - queries
-            spread = (back + 1) * size
 
-            def blocks(x: Tensor, fill: float) -> Tensor:  # [B, Tk, ...] to [B, n, spread, ...]
+            def blocks(x: Tensor, fill: float) -> Tensor:  # [B, Tk, ...] to [B, n, (back + 1) size, ...]
                 padded = F.pad(x[:, max(-left, 0) :], (0, 0) * (x.dim() - 2) + (max(left, 0), right), value=fill)
-                return padded.unfold(1, spread, size).movedim(-1, 2)
+                padded = padded.unflatten(1, (back + count, size))
+                # not `unfold`: inductor's gradient of it is wrong on the CPU (torch 2.13)
+                return torch.cat([padded[:, i : i + count] for i in range(back + 1)], dim=2)
 
             key_blocks, value_blocks, key_place = blocks(k, 0), blocks(v, 0), blocks(place, -1)
             query_blocks = F.pad(q, (0, 0, 0, 0, 0, right)).unflatten(1, (count, size))
