@@ -10,7 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-ORDER = ("linear", "based", "mamba2", "retention", "gla")
+ORDER = ("linear", "based", "mamba2", "retention", "gla", "gated_delta")
 
 
 def transfer_table(data: dict[str, Any]) -> list[str]:

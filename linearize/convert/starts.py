@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..modeling import LinearizeAttention
 from ..modeling.attention import rotate
 from ..modeling.based import Based
-from ..modeling.mixer import UnnormalizedMixer
+from ..modeling.joins import UnnormalizedMixer
 
 # Positions over which rotated second moments are averaged, in tokens: past a window, up to a usual context.
 POSITIONS = torch.arange(0, 2048, 37)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .dispatch import linear_step, taylor_attention
-from .mixer import NormalizedMixer, register
+from .joins import NormalizedMixer
+from .mixer import register
 from .reference import LinearState, widen
 
 

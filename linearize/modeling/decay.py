@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .dispatch import linear_step
 from .feature_maps import make_feature_map
-from .mixer import UnnormalizedMixer, simple_linear
+from .joins import UnnormalizedMixer
+from .mixer import simple_linear
 from .reference import LinearState
 
 SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 16.0, 4096.0

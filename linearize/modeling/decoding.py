@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,8 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .cache import MixerCacheLayer
 
+# `generate` asks twice, one after the other in one thread: the answer to the first, until the second.
+_asked = threading.local()
 # torch.compile's modes that make CUDA graphs, and what they are without.
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
@@ -66,8 +69,8 @@ class GraphedDecoding:
         # `generate` asks this, and on a yes takes its forward from `get_compiled_call`.
         compiles = super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
         records = not generation_config.disable_compile and self._stays_as_large(model_kwargs.get("past_key_values"))
-        self._decoding = (compiles, records and can_record(self))  # type: ignore[arg-type]
-        return any(self._decoding)
+        _asked.answer = (compiles, records and can_record(self))  # type: ignore[arg-type]
+        return any(_asked.answer)
 
     def _stays_as_large(self, cache: Cache | None) -> bool:
         """Whether no layer of `cache` will grow with the text, nor count its tokens in Python."""
@@ -85,7 +88,7 @@ class GraphedDecoding:
 
     def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
         """The forward for `generate`'s steps: compiled, recorded as a CUDA graph, or both."""
-        compiles, records = self.__dict__.pop("_decoding", (True, False))
+        compiles, records = vars(_asked).pop("answer", (True, False))
         if not records:
             return super().get_compiled_call(compile_config)  # type: ignore[misc]
         if not compiles:

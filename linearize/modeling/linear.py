@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .dispatch import linear_step
 from .feature_maps import make_feature_map
-from .mixer import NormalizedMixer, register, simple_linear
+from .joins import NormalizedMixer
+from .mixer import register, simple_linear
 from .reference import LinearState
 
 

@@ -1,0 +1,125 @@
+"""The two ways in which a mixer's linear branch and its window become one output: a shared denominator, or scales.
+
+Shapes: q [B, T, H, D], the linear branch's `out` [B, T, H, V] and normaliser z [B, T, H], the window's output `near`
+[B, T, H, V] and log-sum-exp `lse` [B, T, H]. None stands for a branch that is off.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .mixer import Mixer
+from .reference import widen
+from .step_reference import KEY_GAIN_LIMIT, join_norm, join_share
+
+
+class NormalizedMixer(Mixer):
+    """Mixers whose weights sum to one. With a window, near and far keys share one denominator:
+
+        o = (sum_near e^s v + e^g sum_far phi.phi v) / (sum_near e^s + e^g sum_far phi.phi),   g = c + w . q
+
+    The gain g is learned a head and starts at the constant `START_GAIN`: a feature map fits the shape of exp(s), not
+    its size, and the mass far from a query is to first order exponential in q. With w = 0 it is LoLCATs' window factor
+    (2410.10254). Likewise each key has a learned log-weight u . k, zero at the start: exp(s) weighs keys by how they
+    lie along the mean query, which bounded features cannot say.
+    """
+
+    START_GAIN: ClassVar[float] = -2.0
+
+    def __init__(self, *, gains: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.gain: nn.Parameter | None = None
+        self.gain_q: nn.Parameter | None = None
+        self.gain_k: nn.Parameter | None = None
+        if self.window:
+            self.gain = nn.Parameter(torch.empty(self.num_heads))
+            if gains:
+                self.gain_q = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
+        if gains:
+            self.gain_k = nn.Parameter(torch.empty(self.num_states, self.head_dim))
+
+    def reset_parameters(self) -> None:
+        if self.gain is not None:
+            init.constant_(self.gain, self.START_GAIN)
+        for gain in (self.gain_q, self.gain_k):
+            if gain is not None:
+                init.zeros_(gain)
+
+    def weigh_keys(self, k: Tensor, key_weight: Tensor | None) -> Tensor | None:
+        """Weight of each key [B, T, G]: the learned one where it may be seen, 0 elsewhere."""
+        if self.gain_k is None:
+            return key_weight
+        k = widen(k)
+        learned = torch.einsum("btgd,gd->btg", k, self.gain_k.to(k.dtype)) * self.scale
+        learned = learned.clamp(-KEY_GAIN_LIMIT, KEY_GAIN_LIMIT).exp()
+        return learned if key_weight is None else learned * key_weight
+
+    def join(self, q: Tensor, out: Tensor | None, z: Tensor | None, near: Tensor | None, lse: Tensor | None) -> Tensor:
+        if out is None or z is None:
+            assert near is not None
+            return near
+        # No far key yet, or a map that gave nothing: the far side weighs nothing.
+        out = widen(out)
+        if near is None or lse is None:
+            return join_share(out, z, None, None)
+        assert self.gain is not None
+        gain = self.gain.to(z.dtype)
+        if self.gain_q is not None:
+            gain = gain + torch.einsum("bthd,hd->bth", q.to(z.dtype), self.gain_q.to(z.dtype)) * self.scale
+        return join_share(out, z, near, lse - gain)
+
+    def window_gains(self) -> dict[str, Tensor | None]:
+        return {"gain": self.gain, "gain_q": self.gain_q, "gain_k": self.gain_k}
+
+    def step_weight(self, k: Tensor, weight: Tensor | None) -> Tensor | None:
+        """Weight of a token's key [B, G] from k [B, G, D]; a window has weighed it already."""
+        if weight is not None:
+            return weight
+        weighed = self.weigh_keys(k.unsqueeze(1), None)
+        return None if weighed is None else weighed.squeeze(1)
+
+
+class UnnormalizedMixer(Mixer):
+    """Mixers with a decaying state: o = a * window + b * norm(linear), a and b learned a head.
+
+    `norm` is an RMS norm over a head's channels with a learned weight, so that a state's size does not matter.
+    """
+
+    START_LINEAR: ClassVar[float] = 0.02
+    EPS: ClassVar[float] = 1e-6
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.norm_weight = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
+        self.linear_scale = nn.Parameter(torch.empty(self.num_heads))
+        self.window_scale = nn.Parameter(torch.empty(self.num_heads)) if self.window else None
+
+    def reset_parameters(self) -> None:
+        init.ones_(self.norm_weight)
+        init.constant_(self.linear_scale, self.START_LINEAR)
+        if self.window_scale is not None:
+            init.ones_(self.window_scale)
+
+    def join(self, q: Tensor, out: Tensor | None, z: Tensor | None, near: Tensor | None, lse: Tensor | None) -> Tensor:
+        total: Tensor | None = None
+        if near is not None:
+            near = widen(near)
+            total = near if self.window_scale is None else near * self.window_scale.to(near.dtype).unsqueeze(-1)
+        if out is not None:
+            total = join_norm(widen(out), near, self.norm_weight, self.linear_scale, self.window_scale, self.EPS)
+        assert total is not None
+        return total
+
+    def step_norm(self) -> dict[str, Any]:
+        """The join of `linear_step`."""
+        return {
+            "join": "norm",
+            "norm_weight": self.norm_weight,
+            "linear_scale": self.linear_scale,
+            "window_scale": self.window_scale,
+            "eps": self.EPS,
+        }
