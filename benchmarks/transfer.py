@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from linearize.bench.record import commit, hardware
 from linearize.convert import convert
 from linearize.data import pack
 from linearize.distill import distill
@@ -30,18 +29,6 @@ from linearize.evaluate import evaluate
 from linearize.flags import mixer_options
 from linearize.provenance import versions
 from linearize.source import ModelSource, load_model, load_tokenizer
-
-
-def hardware() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-
-
-def commit() -> str | None:
-    """The commit that runs: LINEARIZE_COMMIT where the code was copied without its history."""
-    if given := os.environ.get("LINEARIZE_COMMIT"):
-        return given
-    result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +94,7 @@ def run(args: argparse.Namespace, mixer: str, teacher: Any, tokenizer: Any) -> d
         "mixer": mixer,
         "variant": args.variant,
         "commit": commit(),
-        "hardware": hardware(),
+        "hardware": hardware(args.device),
         "note": args.note,
         "mixer_options": options,
         "window": args.window,

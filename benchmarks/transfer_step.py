@@ -25,12 +25,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from linearize.bench.record import header
 from linearize.convert import convert
 from linearize.data import pack
 from linearize.distill import distill
 from linearize.distill.stages import compiled_mixers
 from linearize.distill.transfer import attention_pairs, transfer_pass
-from linearize.provenance import versions
 from linearize.source import ModelSource, load_model, load_tokenizer
 
 KERNELS = "LINEARIZE_KERNELS"
@@ -138,10 +138,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "teacher": Path(args.gguf_file or args.teacher).name,
         "train": [Path(name).name for name in args.train.split(",")],
-        "hardware": torch.cuda.get_device_name(),
-        "versions": versions(),
-        "commit": os.environ.get("LINEARIZE_COMMIT"),
-        "command": "python benchmarks/transfer_step.py " + " ".join(Path(a).name for a in sys.argv[1:]),
+        **header("python benchmarks/transfer_step.py " + " ".join(Path(a).name for a in sys.argv[1:]), "cuda"),
         **{
             name: getattr(args, name)
             for name in (
