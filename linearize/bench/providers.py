@@ -57,7 +57,7 @@ def _plain(operation: Any, x: Inputs) -> Tensor:
 
 def _taylor(operation: Any, x: Inputs) -> Tensor:
     out, z, _ = operation(x["q"], x["k"], x["v"])
-    return (out / z.to(out.dtype).unsqueeze(-1)).to(x["v"].dtype)
+    return dispatch.join_share(out, z, None, None).to(x["v"].dtype)
 
 
 def _delta(operation: Any, x: Inputs) -> Tensor:

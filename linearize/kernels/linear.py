@@ -8,9 +8,12 @@ from torch import Tensor
 from linearize.modeling.reference import LinearState
 
 from .common import INTERPRETED, check_bounds, check_heads, check_shape, on_device, opaque, refuse_second_derivative
-from .sweep import COLUMNS, NONE, ROWS, SCALAR
-from .sweeps import MARK, plan_of, segment_states, sweep, width_of
+from .decay_gradient import edges, room
+from .sweep import NONE, ROWS, SCALAR
+from .sweeps import Own, forward, gradients, key_tiles, plan_of, segment_states
 from .vector_decay import CHUNK, complete, cumulate, prepare
+
+Pair = tuple[Tensor | None, Tensor | None]
 
 
 def _gate(g: Tensor | None) -> int:
@@ -91,12 +94,10 @@ def _forward(
             cum = cumulate(g, cu_seqlens)
         elif g is not None:
             q, k, scores, cum, _ = prepare(q, k, g, cu_seqlens, wide, _precision(v))
-        update = update_n = total = None
+        own: Own = (None, None, None)
         if plan.segments > 1:
-            update, update_n, total = segment_states(
-                k, v, cum, None, groups, plan, gate, normalizer, False, wide, _precision(v)
-            )
-        sweep(
+            own = segment_states(k, v, cum, None, groups, plan, gate, normalizer, False, wide, _precision(v))
+        forward(
             q,
             k,
             v,
@@ -109,17 +110,10 @@ def _forward(
             cum=cum,
             scores=scores,
             z=z,
-            begin=initial,
-            begin_n=initial_n,
-            update=update,
-            update_n=update_n,
-            total=total,
-            starts=starts,
-            starts_n=starts_n,
-            keep=starts is not None,
-            end=end,
-            end_n=end_n,
-            state_heads=groups,
+            initial=(initial, initial_n),
+            own=own,
+            starts=(starts, starts_n),
+            end=(end, end_n),
         )
     return out, z, starts, starts_n, end, end_n, cum if gate == SCALAR else None  # type: ignore[return-value]
 
@@ -180,7 +174,6 @@ def _backward(
     gate, wide = _gate(g), _wide(v)
     vector, precision = gate == ROWS, _precision(v)
     plan = plan_of(documents, heads, tokens, columns, gate, cu_seqlens is not None)
-    many = plan.segments > 1
     cum = cum if gate == SCALAR else None  # under the compiler an empty tensor stands for None
     # Gradients of keys and values are a query head's each until the end.
     dq, dk = torch.empty_like(q), torch.empty_like(q, dtype=k.dtype)
@@ -189,106 +182,56 @@ def _backward(
     if initial is not None:
         d_initial = torch.empty(documents, heads, rows, columns, dtype=torch.float32, device=q.device)
         d_initial_n = None if initial_n is None else torch.empty_like(d_initial[..., 0])
-    lines = dg = marks = marks_n = None
-    if decay_gradient:
-        count = -(-tokens // MARK) * batch if cu_seqlens is None else tokens // MARK + documents
-        marks = torch.empty(
-            count, groups, columns, rows, dtype=torch.float32 if wide else torch.bfloat16, device=q.device
-        )
-        marks_n = None if dz is None else torch.empty(count, groups, rows, dtype=torch.float32, device=q.device)
+    lines = dg = None
+    marks: Pair = (None, None)
+    d_marks: Pair = (None, None)
+    if g is not None and decay_gradient:
+        (marks_kv, d_marks_kv), (marks_n, d_marks_n) = room(q, k, v, cu_seqlens, wide, dz is not None)
+        marks, d_marks = (marks_kv, marks_n), (d_marks_kv, d_marks_n)
         if vector:
             count = -(-tokens // CHUNK) * batch if cu_seqlens is None else tokens // CHUNK + documents
             dg = torch.empty(count, heads, rows, dtype=torch.float32, device=q.device)
         else:
-            tiles = -(-rows // width_of(gate, plan.short, columns, rows))
-            lines = torch.empty(batch, heads, tiles, tokens, dtype=torch.float32, device=q.device)
-            dg = torch.empty_like(lines)
+            tiles = key_tiles(rows, columns)
+            lines = torch.empty(batch, heads, 2 * tiles, tokens, dtype=torch.float32, device=q.device)
+            dg = torch.empty(g.shape, dtype=g.dtype, device=q.device)
     with on_device(q):
         q_in, k_out, scores = q, k, None
         if vector and g is not None:
             prepared = prepare(q, k, g, cu_seqlens, wide, precision)
             q_in, k_out, scores, cum, _ = prepared
-        outer = COLUMNS if vector else gate
-        sweep(
-            do,
-            v,
+        own: Own = (None, None, None)
+        if plan.segments > 1:
+            own = segment_states(q_in, do, cum, dz, heads, plan, gate, dz is not None, True, wide, precision)
+        gradients(
+            q_in,
             k_out,
+            v,
+            do,
             dq,
-            plan,
-            outer,
-            wide,
-            precision,
-            cu_seqlens,
-            transposed=True,
-            cum=cum,
-            dz=dz,
-            begin=None if many else initial,
-            begin_n=None if many else initial_n,
-            starts=starts if many else None,
-            starts_n=starts_n if many else None,
-            state_heads=groups,
-            other=None if lines is None else q,
-            dg=lines,
-            decay_gradient=1 if decay_gradient else 0,
-            marks=marks,
-            marks_n=marks_n,
-        )
-        update = update_n = total = None
-        if many:
-            made = segment_states(q_in, do, cum, dz, heads, plan, gate, dz is not None, True, wide, precision)
-            update, update_n, total = made
-        sweep(
-            v,
-            do,
-            q_in,
             dk,
-            plan,
-            outer,
-            wide,
-            precision,
-            cu_seqlens,
-            reverse=True,
-            transposed=True,
-            cum=cum,
-            dz=dz,
-            begin=d_end,
-            begin_n=d_end_n,
-            update=update,
-            update_n=update_n,
-            total=total,
-            end=d_initial if d_initial_n is not None else None,
-            end_n=d_initial_n,
-            other=None if lines is None else k,
-            partner=lines,
-            dg=dg,
-            decay_gradient=2 if decay_gradient else 0,
-            marks=marks,
-            marks_n=marks_n,
-            final=end if decay_gradient else None,
-            final_n=end_n if decay_gradient else None,
-        )
-        sweep(
-            k_out,
-            q_in,
-            do,
             dv,
             plan,
             gate,
             wide,
             precision,
             cu_seqlens,
-            reverse=True,
             cum=cum,
             scores=scores,
-            begin=d_end,
-            update=update,
-            total=total,
-            end=d_initial,
+            dz=dz,
+            initial=(initial, initial_n),
+            starts=(starts, starts_n),
+            d_end=(d_end, d_end_n),
+            own=own,
+            d_initial=(d_initial, d_initial_n),
+            lines=lines,
+            marks=marks,
+            d_marks=d_marks,
         )
+        if dg is not None:
+            edges(marks, d_marks, (end, end_n), (d_end, d_end_n), lines, dg, batch, tokens, cu_seqlens)
         if vector and g is not None:
             dg = complete(q, k, v, do, dz, g, prepared, dq, dk, cu_seqlens, wide, precision, dg)
-    if dg is not None and not vector:
-        dg = dg.unflatten(1, (groups, -1)).sum((2, 3)).transpose(1, 2).to(g.dtype).contiguous()  # type: ignore[union-attr]
     return (  # type: ignore[return-value]
         dq,
         _per_key_head(dk, groups),

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.modeling.step_reference import FEATURES, JOINS, MOST_FEATURES, TINY, join_norm
+from linearize.modeling.join_reference import TINY, join_norm
+from linearize.modeling.step_reference import FEATURES, JOINS, MOST_FEATURES
 
 from .common import FLOATS, check_runs_here, check_scale, check_shape, on_device, opaque, power_of_2
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .common import launch, power_of_2
-from .sweep import COLUMNS, MARKED, NONE, ROWS, SCALAR, states_kernel, sweep_kernel
+from .sweep import COLUMNS, MARKED, NONE, ROWS, forward_kernel, gradients_kernel, states_kernel
 from .vector_decay import CHUNK
 
 
@@ -27,17 +27,10 @@ PROGRAMS = 264
 SHORT = 4096
 LEAST_SPAN = 1024
 
-# (gate, short) to tile, for up to 128 channels; timed on one H200.
-TILES: dict[tuple[int, bool], Tile] = {
-    (NONE, False): Tile(64, 4, 3),
-    (NONE, True): Tile(32, 4, 3),
-    (SCALAR, False): Tile(64, 4, 2),
-    (SCALAR, True): Tile(32, 4, 3),
-    (ROWS, False): Tile(64, 4, 3),
-    (ROWS, True): Tile(32, 4, 3),
-    (COLUMNS, False): Tile(64, 4, 3),
-    (COLUMNS, True): Tile(32, 4, 3),
-}
+# Timed on one H200, up to 128 channels: the output's sweep, by whether the text is short, and the gradients', of which
+# there are three times as many programs.
+FORWARD: dict[bool, Tile] = {False: Tile(64, 4, 2), True: Tile(32, 4, 3)}
+GRADIENTS = Tile(64, 4, 2)
 STATES = Tile(128, 8, 3)
 MARK = CHUNK * MARKED.value  # tokens between the states that a decay's gradient begins from
 
@@ -48,6 +41,10 @@ class Plan(NamedTuple):
     segments: int
     span: int
     short: bool
+
+
+# What `segment_states` gives, and nothing where there is one segment.
+Own = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def plan_of(documents: int, heads: int, tokens: int, columns: int, gate: int, packed: bool) -> Plan:
@@ -61,7 +58,7 @@ def plan_of(documents: int, heads: int, tokens: int, columns: int, gate: int, pa
 def _plan(documents: int, heads: int, tokens: int, columns: int, gate: int, packed: bool) -> Plan:
     if tokens <= SHORT or packed:
         return Plan(1, max(tokens, 1), True)
-    tile = TILES[gate, False]
+    tile = FORWARD[False]
     programs = documents * heads * -(-columns // min(tile.width, power_of_2(columns)))
     segments = max(1, min(PROGRAMS // programs, tokens // LEAST_SPAN))
     span = -(-tokens // segments)
@@ -69,11 +66,15 @@ def _plan(documents: int, heads: int, tokens: int, columns: int, gate: int, pack
     return Plan(-(-tokens // span), span, False)
 
 
-@functools.lru_cache(1024)
-def width_of(gate: int, short: bool, rows: int, columns: int) -> int:
+def _width(tile: Tile, rows: int, columns: int) -> int:
     """Columns of the state that a program holds; fewer where its rows are many."""
-    width = min(TILES[gate, short].width, power_of_2(columns))
+    width = min(tile.width, power_of_2(columns))
     return min(width, 32) if rows > 128 else width
+
+
+def key_tiles(rows: int, columns: int) -> int:
+    """How many programs share a key's gradient of `rows` channels."""
+    return -(-rows // _width(GRADIENTS, columns, rows))
 
 
 def segment_states(
@@ -88,7 +89,7 @@ def segment_states(
     reverse: bool,
     wide: bool,
     precision: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> Own:
     """Own states of the segments [B, heads, S, A, W], normalisers [B, heads, S, A], log decays [B, heads, S(, A)]."""
     batch, tokens = b.shape[:2]
     rows, columns = b.shape[3], c.shape[3]
@@ -131,10 +132,10 @@ def segment_states(
     return update, norm, total
 
 
-def sweep(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     out: Tensor,
     plan: Plan,
     gate: int,
@@ -142,101 +143,114 @@ def sweep(
     precision: str,
     bounds: Tensor | None,
     *,
-    reverse: bool = False,
-    transposed: bool = False,
     cum: Tensor | None = None,
     scores: Tensor | None = None,
     z: Tensor | None = None,
-    dz: Tensor | None = None,
-    begin: Tensor | None = None,
-    begin_n: Tensor | None = None,
-    update: Tensor | None = None,
-    update_n: Tensor | None = None,
-    total: Tensor | None = None,
-    starts: Tensor | None = None,
-    starts_n: Tensor | None = None,
-    keep: bool = False,
-    end: Tensor | None = None,
-    end_n: Tensor | None = None,
-    state_heads: int = 0,
-    other: Tensor | None = None,
-    partner: Tensor | None = None,
-    dg: Tensor | None = None,
-    decay_gradient: int = 0,
-    marks: Tensor | None = None,
-    marks_n: Tensor | None = None,
-    final: Tensor | None = None,
-    final_n: Tensor | None = None,
+    initial: tuple[Tensor | None, Tensor | None] = (None, None),
+    own: Own = (None, None, None),
+    starts: tuple[Tensor | None, Tensor | None] = (None, None),
+    end: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
-    """Launches one sweep of a, b, c into `out`; see `sweep_kernel`. `transposed`: states lie in memory as [W, A]."""
+    """Launches the output's sweep; see `forward_kernel`. States come with their normalisers, `own` from
+    `segment_states`."""
     batch, tokens, heads, columns = out.shape
-    rows = a.shape[3]
-    tile = TILES[gate, plan.short]
-    width = width_of(gate, plan.short, rows, columns)
+    groups, rows = k.shape[2:]
+    tile = FORWARD[plan.short]
+    width = _width(tile, rows, columns)
     documents = batch if bounds is None else bounds.shape[0] - 1
     launch(
-        sweep_kernel,
+        forward_kernel,
         documents * heads * plan.segments * -(-columns // width),
-        (
-            a,
-            b,
-            c,
-            cum,
-            scores,
-            dz,
-            begin,
-            begin_n,
-            update,
-            update_n,
-            total,
-            starts,
-            starts_n,
-            end,
-            end_n,
-            out,
-            z,
-            other,
-            partner,
-            dg,
-            marks,
-            marks_n,
-            final,
-            final_n,
-            bounds,
-        ),
-        (
-            tokens,
-            plan.span,
-            plan.segments,
-        ),
+        (q, k, v, cum, scores, *initial, *own, *starts, *end, out, z, bounds),
+        (tokens, plan.span, plan.segments),
         (
             heads,
-            a.shape[2],
-            b.shape[2],
-            c.shape[2],
+            groups,
             heads if cum is None else cum.shape[1],
-            state_heads or heads,
-            heads if begin is None else begin.shape[1],
-            heads if other is None else other.shape[2],
-            1 if transposed else columns,
-            rows if transposed else 1,
             rows,
             columns,
             power_of_2(rows),
             width,
             CHUNK,
             gate,
-            1 if z is not None else 0 if dz is None else 2,
-            reverse,
+            z is not None,
             bounds is not None,
-            begin is not None,
-            1 if update is not None else 0 if starts is None else 2,
-            keep,
-            end is not None,
-            decay_gradient,
+            initial[0] is not None,
+            own[0] is not None,
+            starts[0] is not None,
+            end[0] is not None,
             wide,
             precision,
         ),
         tile.warps,
         1 if wide or rows > 128 else tile.stages,
+    )
+
+
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    plan: Plan,
+    gate: int,
+    wide: bool,
+    precision: str,
+    bounds: Tensor | None,
+    *,
+    cum: Tensor | None = None,
+    scores: Tensor | None = None,
+    dz: Tensor | None = None,
+    initial: tuple[Tensor | None, Tensor | None] = (None, None),
+    starts: tuple[Tensor | None, Tensor | None] = (None, None),
+    d_end: tuple[Tensor | None, Tensor | None] = (None, None),
+    own: Own = (None, None, None),
+    d_initial: tuple[Tensor | None, Tensor | None] = (None, None),
+    lines: Tensor | None = None,
+    marks: tuple[Tensor | None, Tensor | None] = (None, None),
+    d_marks: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> None:
+    """Launches the gradients' sweeps; see `gradients_kernel`. `marks` and `lines` are for `decay_gradient.py`."""
+    batch, tokens, heads, rows = q.shape
+    groups, columns = v.shape[2:]
+    tile = GRADIENTS
+    key_width, value_width = _width(tile, columns, rows), _width(tile, rows, columns)
+    documents = batch if bounds is None else bounds.shape[0] - 1
+    tiles = 2 * -(-rows // key_width) + -(-columns // value_width)
+    launch(
+        gradients_kernel,
+        documents * heads * plan.segments * tiles,
+        (
+            *(q, k, v, do, cum, scores, dz),
+            *(*initial, *starts, *d_end, *own, *d_initial),
+            *(dq, dk, dv, lines, *marks, *d_marks, bounds),
+        ),
+        (tokens, plan.span, plan.segments),
+        (
+            heads,
+            groups,
+            heads if cum is None else cum.shape[1],
+            rows,
+            columns,
+            power_of_2(rows),
+            power_of_2(columns),
+            key_width,
+            value_width,
+            CHUNK,
+            gate,
+            COLUMNS if gate == ROWS else gate,
+            dz is not None,
+            bounds is not None,
+            initial[0] is not None,
+            d_end[0] is not None,
+            plan.segments > 1,
+            marks[0] is not None,
+            wide,
+            precision,
+        ),
+        tile.warps,
+        1 if wide or max(rows, columns) > 128 else tile.stages,
     )

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from .delta_reference import delta_rule as reference_delta_rule
+from .join_reference import join_norm as reference_join_norm
+from .join_reference import join_share as reference_join_share
 from .reference import linear_attention as reference_linear_attention
 from .reference import taylor_attention as reference_taylor_attention
 from .reference import window_attention as reference_window_attention
@@ -35,6 +37,8 @@ _PLACES = {
     "linear_attention": "",
     "taylor_attention": "",
     "window_attention": "",
+    "join_norm": ".join",
+    "join_share": ".join",
     "linear_step": ".step",
     "window_step": ".step_window",
 }
@@ -95,7 +99,7 @@ def takes_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return max(k.shape[-1], v.shape[-1]) <= MOST_CHANNELS and wants_kernels(q)
 
 
-def _routed(reference: Operation, takes: Callable[[Tensor, Tensor, Tensor], bool] = takes_kernels) -> Operation:
+def _routed(reference: Operation, takes: Callable[..., bool] = takes_kernels) -> Operation:
     name = reference.__name__
 
     @functools.wraps(reference)
@@ -112,7 +116,13 @@ def _steps(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return wants_kernels(q)
 
 
+def _joins(out: Tensor, *_: Any) -> bool:
+    return out.shape[-1] <= MOST_CHANNELS and wants_kernels(out)
+
+
 delta_rule = _routed(reference_delta_rule)
+join_norm = _routed(reference_join_norm, _joins)
+join_share = _routed(reference_join_share, _joins)
 linear_attention = _routed(reference_linear_attention)
 linear_step = _routed(reference_linear_step, _steps)
 taylor_attention = _routed(reference_taylor_attention)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .dispatch import join_norm, join_share
 from .mixer import Mixer
 from .reference import widen
-from .step_reference import KEY_GAIN_LIMIT, join_norm, join_share
+from .step_reference import KEY_GAIN_LIMIT
 
 
 class NormalizedMixer(Mixer):
@@ -63,7 +64,6 @@ class NormalizedMixer(Mixer):
             assert near is not None
             return near
         # No far key yet, or a map that gave nothing: the far side weighs nothing.
-        out = widen(out)
         if near is None or lse is None:
             return join_share(out, z, None, None)
         assert self.gain is not None
@@ -105,14 +105,10 @@ class UnnormalizedMixer(Mixer):
             init.ones_(self.window_scale)
 
     def join(self, q: Tensor, out: Tensor | None, z: Tensor | None, near: Tensor | None, lse: Tensor | None) -> Tensor:
-        total: Tensor | None = None
-        if near is not None:
-            near = widen(near)
-            total = near if self.window_scale is None else near * self.window_scale.to(near.dtype).unsqueeze(-1)
         if out is not None:
-            total = join_norm(widen(out), near, self.norm_weight, self.linear_scale, self.window_scale, self.EPS)
-        assert total is not None
-        return total
+            return join_norm(out, near, self.norm_weight, self.linear_scale, self.window_scale, self.EPS)
+        assert near is not None
+        return near if self.window_scale is None else widen(near) * self.window_scale.unsqueeze(-1)
 
     def step_norm(self) -> dict[str, Any]:
         """The join of `linear_step`."""

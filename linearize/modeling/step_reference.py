@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .join_reference import join_norm, join_share
 from .reference import taylor_features, widen
 
-# Largest log-weight that a key learns, either way; a weight below TINY is none.
-KEY_GAIN_LIMIT = 12.0
-TINY = 1e-20
+KEY_GAIN_LIMIT = 12.0  # the largest log-weight that a key learns, either way
 MOST_FEATURES = 512  # of the kernel, which holds all of them at once
 FEATURES = ("none", "softmax", "hedgehog", "elu", "relu", "taylor", "unit")
 JOINS = ("none", "share", "norm")
@@ -137,33 +136,6 @@ def linear_step(
         assert norm_weight is not None and linear_scale is not None
         return join_norm(out, near, norm_weight, linear_scale, window_scale, eps).to(out_dtype), None
     raise ValueError(f"join is {join!r}; it may be {', '.join(JOINS)}")
-
-
-def join_share(out: Tensor, z: Tensor, near: Tensor | None, lse: Tensor | None) -> Tensor:
-    """Near and far keys in one denominator; `lse` is the window's log-sum-exp less the far side's gain. Shapes
-    [..., V] and [...]."""
-    far = out / z.clamp(min=TINY).unsqueeze(-1)
-    if near is None or lse is None:
-        return far
-    share = torch.sigmoid(z.clamp(min=TINY).log() - lse.clamp(min=-1e4))
-    share = share.masked_fill(z <= 0, 0).unsqueeze(-1)
-    return near + share * (far - near)
-
-
-def join_norm(
-    out: Tensor,
-    near: Tensor | None,
-    norm_weight: Tensor,
-    linear_scale: Tensor,
-    window_scale: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """window_scale * near + linear_scale * RMSnorm(out) * norm_weight; `out` and `near` [..., H, V]."""
-    normed = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + eps) * norm_weight.to(out.dtype)
-    total = normed * linear_scale.to(out.dtype).unsqueeze(-1)
-    if near is None:
-        return total
-    return total + (near if window_scale is None else near * window_scale.to(near.dtype).unsqueeze(-1))
 
 
 def delta_step(
