@@ -24,8 +24,7 @@ def check_share(dtype, window, shape, line_first=False):
     batch, tokens, heads, _ = shape
     z = draw(batch, tokens, heads, dtype=torch.float32).abs() + 0.1
     z[:, 0] = 0  # no far key yet
-    out = draw(*shape) * (z > 0).to(dtype).unsqueeze(-1)
-    leaves = [out, z]
+    leaves = [draw(*shape), z]
     if window:
         lse = draw(batch, tokens, heads, dtype=torch.float32)
         lse[:, 1:2] = -20000.0  # below what counts as a window
@@ -53,9 +52,10 @@ def test_share_of_a_line_first_normaliser(poisoned):
     check_share(torch.float32, True, (2, 33, 3, 16), line_first=True)
 
 
+@pytest.mark.parametrize("window", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_share_in_half_precision(dtype, poisoned):
-    check_share(dtype, True, (2, 33, 3, 16))
+def test_share_in_half_precision(dtype, window, poisoned):
+    check_share(dtype, window, (2, 33, 3, 16))
 
 
 def check_norm(dtype, window, scaled, shape):

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import launch, power_of_2
-from .sweep import MARKED
+from .sweep import MARKED_SCALAR, MARKED_VECTOR
 from .vector_decay import CHUNK, chunk_table
 
 # Rows of a state at a time.
@@ -47,6 +47,7 @@ def edges_kernel(
     NORM: tl.constexpr,
     D_END: tl.constexpr,
     PACKED: tl.constexpr,
+    MARKED: tl.constexpr,
 ):
     """What the decays between two marks owe to later tokens; grid marks x G, or chunks x G of packed documents.
 
@@ -149,9 +150,10 @@ def edges(
     assert marks[0] is not None and d_marks[0] is not None
     groups, columns, rows = marks[0].shape[1:]
     heads = d_marks[0].shape[1]
+    marked = _marked(lines is None)
     if cu_seqlens is None:
         table, each = None, -(-tokens // CHUNK)
-        items = batch * -(-each // MARKED.value)
+        items = batch * -(-each // marked)
     else:
         table, each = chunk_table(cu_seqlens, tokens), 0
         items = table.shape[0]
@@ -174,19 +176,24 @@ def edges(
             marks[1] is not None,
             d_end[0] is not None,
             cu_seqlens is not None,
+            marked,
         ),
         4,
         1,
     )
 
 
+def _marked(vector: bool) -> int:
+    return (MARKED_VECTOR if vector else MARKED_SCALAR).value
+
+
 def room(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, wide: bool, normalizer: bool
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, wide: bool, vector: bool, normalizer: bool
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
     """Room for the marks of the states and of their gradients, and for those of their normalisers."""
     batch, tokens, heads, rows = q.shape
     groups, columns = v.shape[2:]
-    mark = CHUNK * MARKED.value
+    mark = CHUNK * _marked(vector)
     count = -(-tokens // mark) * batch if cu_seqlens is None else tokens // mark + cu_seqlens.shape[0] - 1
     dtype = torch.float32 if wide else torch.bfloat16
     states = (

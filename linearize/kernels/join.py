@@ -67,7 +67,8 @@ def share_kernel(
     at, there = row[:, None] * V + column[None, :], live[:, None] & (column < V)[None, :]
     mass = tl.load(z + _place(row, tokens, heads, zb, zt, zh), mask=live, other=1)
     some = tl.maximum(mass, _TINY)
-    far = tl.load(out + at, mask=there, other=0).to(tl.float32) / some[:, None]
+    seen = there & (mass > 0)[:, None]
+    far = tl.load(out + at, mask=seen, other=0).to(tl.float32) / some[:, None]
     if WINDOW:
         bound = tl.maximum(tl.load(lse + _place(row, tokens, heads, lb, lt, lh), mask=live, other=0), -1e4)
         share = tl.where(mass > 0, tl.sigmoid(tl.log(some) - bound), 0.0)
@@ -110,9 +111,9 @@ def share_gradient_kernel(
     mass = tl.load(z + at_z, mask=live, other=1)
     some = tl.maximum(mass, _TINY)
     grad = tl.load(dy + at, mask=there, other=0).to(tl.float32)
-    far = tl.load(out + at, mask=there, other=0).to(tl.float32) / some[:, None]
+    far = tl.load(out + at, mask=there & (mass > 0)[:, None], other=0).to(tl.float32) / some[:, None]
     along = tl.sum(grad * far, 1)
-    share = tl.full([R], 1.0, tl.float32)
+    share = tl.where(mass > 0, 1.0, 0.0)
     if WINDOW:
         at_lse = _place(row, tokens, heads, lb, lt, lh)
         given = tl.load(lse + at_lse, mask=live, other=0)

@@ -186,7 +186,7 @@ def _backward(
     marks: Pair = (None, None)
     d_marks: Pair = (None, None)
     if g is not None and decay_gradient:
-        (marks_kv, d_marks_kv), (marks_n, d_marks_n) = room(q, k, v, cu_seqlens, wide, dz is not None)
+        (marks_kv, d_marks_kv), (marks_n, d_marks_n) = room(q, k, v, cu_seqlens, wide, vector, dz is not None)
         marks, d_marks = (marks_kv, marks_n), (d_marks_kv, d_marks_n)
         if vector:
             count = -(-tokens // CHUNK) * batch if cu_seqlens is None else tokens // CHUNK + documents

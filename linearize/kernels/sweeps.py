@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .common import launch, power_of_2
-from .sweep import COLUMNS, MARKED, NONE, ROWS, forward_kernel, gradients_kernel, states_kernel
+from .sweep import COLUMNS, MARKED_SCALAR, NONE, ROWS, forward_kernel, gradients_kernel, states_kernel
 from .vector_decay import CHUNK
 
 
@@ -32,7 +32,7 @@ LEAST_SPAN = 1024
 FORWARD: dict[bool, Tile] = {False: Tile(64, 4, 2), True: Tile(32, 4, 3)}
 GRADIENTS = Tile(64, 4, 2)
 STATES = Tile(128, 8, 3)
-MARK = CHUNK * MARKED.value  # tokens between the states that a decay's gradient begins from
+SPAN = CHUNK * MARKED_SCALAR.value  # a segment is whole marks
 
 
 class Plan(NamedTuple):
@@ -62,7 +62,7 @@ def _plan(documents: int, heads: int, tokens: int, columns: int, gate: int, pack
     programs = documents * heads * -(-columns // min(tile.width, power_of_2(columns)))
     segments = max(1, min(PROGRAMS // programs, tokens // LEAST_SPAN))
     span = -(-tokens // segments)
-    span = -(-span // MARK) * MARK
+    span = -(-span // SPAN) * SPAN
     return Plan(-(-tokens // span), span, False)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .common import dot, dot_add, launch, power_of_2
 from .packed import packed_chunks
-from .sweep import MARKED
+from .sweep import MARKED_VECTOR
 
 CHUNK = 64
 # Beyond this a token's weight is nothing (2e-22), and sums of larger numbers would lose the smaller ones.
@@ -344,7 +344,7 @@ def finish_kernel(
     place, count = chunk % chunks, chunks
     if PACKED:
         place, count = tl.load(table + chunk * 5 + 3).to(tl.int32), tl.load(table + chunk * 5 + 4).to(tl.int32)
-    left = tl.minimum(MARKED - 1 - place % MARKED, count - 1 - place)
+    left = tl.minimum(MARKED_VECTOR - 1 - place % MARKED_VECTOR, count - 1 - place)
     total = tl.zeros([C, BK], tl.float32)
     for r in range(H // G):
         h = group * (H // G) + r

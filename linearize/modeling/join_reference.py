@@ -20,10 +20,10 @@ def join_share(out: Tensor, z: Tensor, near: Tensor | None, lse: Tensor | None) 
 
         (e^lse near + out) / (e^lse + z)
 
-    A z of 0, no far key yet, weighs nothing. Without a window out / z.
+    A z of 0, no far key yet, weighs nothing. Without a window out / z, and 0 for a z of 0.
     """
     some = z.clamp(min=TINY)
-    far = widen(out) / some.unsqueeze(-1)
+    far = widen(out).masked_fill((z <= 0).unsqueeze(-1), 0) / some.unsqueeze(-1)  # nor has it a gradient
     if near is None or lse is None:
         return far.to(out.dtype)
     share = torch.sigmoid(some.log() - lse.clamp(min=-1e4))
