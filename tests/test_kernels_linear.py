@@ -87,7 +87,10 @@ def test_one_program_a_sequence(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_segments(kind, dtype, segmented):
-    compare(*make(kind, dtype, tokens=150, groups=1))
+    """Of whole marks, from which a decay's gradient begins anew."""
+    tokens = 2 * sweeps.SPAN + 20
+    assert sweeps.plan_of(1, 2, tokens, 16, 0, False).segments == 3
+    compare(*make(kind, dtype, tokens=tokens, groups=1))
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -95,7 +98,8 @@ def test_segments(kind, dtype, segmented):
 def test_normalizer_and_states(kind, cut, request):
     if cut:
         request.getfixturevalue("segmented")
-    q, k, v, g = make(kind, torch.float32, tokens=130 if cut else 40, heads=2, groups=1, rows=16, columns=24)
+    tokens = sweeps.SPAN + 20 if cut else 40
+    q, k, v, g = make(kind, torch.float32, tokens=tokens, heads=2, groups=1, rows=16, columns=24)
     initial = (torch.randn(1, 1, 16, 24, device=DEVICE), torch.rand(1, 1, 16, device=DEVICE))
     q, k = q.abs(), k.abs()
     compare(q, k, v, g, normalizer=True, initial=initial, final=True)
@@ -107,6 +111,15 @@ def test_packed_documents(kind):
     bounds = torch.tensor([0, 33, 34, 90], device=DEVICE)
     initial = (torch.randn(3, 2, 20, 17, device=DEVICE), torch.rand(3, 2, 20, device=DEVICE))
     compare(q, k, v, g, normalizer=True, initial=initial, final=True, cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_packed_documents_of_several_marks(kind):
+    mark = sweeps.SPAN
+    q, k, v, g = make(kind, torch.float32, tokens=2 * mark + 120, groups=1)
+    bounds = torch.tensor([0, 30, mark + 70, mark + 70, 2 * mark + 70, 2 * mark + 120], device=DEVICE)
+    initial = (torch.randn(5, 1, 16, 16, device=DEVICE), torch.rand(5, 1, 16, device=DEVICE))
+    compare(q.abs(), k.abs(), v, g, normalizer=True, initial=initial, final=True, cu_seqlens=bounds)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 64, 65])
