@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .common import launch, power_of_2
-from .sweep import COLUMNS, MARKED_SCALAR, NONE, ROWS, forward_kernel, gradients_kernel, states_kernel
+from .sweep import COLUMNS, MARKED_SCALAR, NONE, ROWS, states_kernel
+from .sweep_kernels import forward_kernel, gradients_kernel
 from .vector_decay import CHUNK
 
 
