@@ -96,17 +96,13 @@ def edges_kernel(
                             at = (block * BV + rows)[:, None] + channel[None, :] * V
                             there = ((block * BV + rows) < V)[:, None] & in_k[None, :]
                             at += (n * G + g) * K * V
-                            after, grad = (
-                                tl.load(final + at, mask=there, other=0),
-                                tl.load(d_end + at, mask=there, other=0),
-                            )
+                            after = tl.load(final + at, mask=there, other=0)
+                            grad = tl.load(d_end + at, mask=there, other=0)
                             debt += tl.sum(after * grad, 0)
                         if NORM:
                             at = (n * G + g) * K + channel
-                            after, grad = (
-                                tl.load(final_n + at, mask=in_k, other=0),
-                                tl.load(d_end_n + at, mask=in_k, other=0),
-                            )
+                            after = tl.load(final_n + at, mask=in_k, other=0)
+                            grad = tl.load(d_end_n + at, mask=in_k, other=0)
                             debt += after * grad
             else:
                 for block in range((V + BV - 1) // BV):

@@ -163,7 +163,7 @@ def norm_kernel(
     tl.store(joined + at, total.to(joined.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "span", "parts"])
+@triton.jit(do_not_specialize=["tokens", "heads", "span"])
 def norm_gradient_kernel(
     dy,
     out,
@@ -179,7 +179,6 @@ def norm_gradient_kernel(
     tokens,
     heads,
     span,
-    parts,
     V: tl.constexpr,
     BV: tl.constexpr,
     R: tl.constexpr,
@@ -367,9 +366,7 @@ def _norm_backward(
     tensors = (dy, out, near, weight, scale, window_scale, d_out, d_near, d_weight, d_scale, d_window)
     constants = (channels, power_of_2(channels), rows, eps, near is not None, window_scale is not None)
     with on_device(out):
-        launch(
-            norm_gradient_kernel, parts * heads, tensors, (tokens, heads, -(-tokens // parts), parts), constants, 4, 1
-        )  # fmt: skip
+        launch(norm_gradient_kernel, parts * heads, tensors, (tokens, heads, -(-tokens // parts)), constants, 4, 1)
     return (  # type: ignore[return-value]
         d_out,
         d_near,
