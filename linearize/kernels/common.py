@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -79,7 +80,57 @@ def opaque(name: str, fake: Callable[..., Any], mutates: Iterable[str] = ()) -> 
     return wrap
 
 
-_COMPILED: dict[tuple[Any, ...], Any] = {}
+class Launch:
+    """`kernel` with its constants decided, as many launches of one configuration share it.
+
+    Triton looks at every argument anew at each launch, which takes longer than a short kernel runs. Here the numbers
+    are declared `do_not_specialize`, so that dtypes, alignment and constants alone choose the compiled kernel.
+    """
+
+    __slots__ = ("compiled", "constants", "kernel", "stages", "warps")
+
+    def __init__(self, kernel: Any, constants: tuple[Any, ...], warps: int, stages: int) -> None:
+        self.kernel, self.constants, self.warps, self.stages = kernel, constants, warps, stages
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, programs: int, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> None:
+        """Starts `kernel(*tensors, *numbers, *constants)` on the current device."""
+        if INTERPRETED:
+            self.kernel[(programs,)](*tensors, *numbers, *self.constants)
+            return
+        device = torch.cuda.current_device()
+        # Addresses, because Triton asks the driver about every tensor that it is given; 0 for None, which it ignores.
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        variant = (device, *[None if t is None else t.dtype for t in tensors])
+        if functools.reduce(operator.or_, addresses) & 15 or max(numbers) >> 31:
+            variant += (*[a & 15 != 0 for a in addresses], *[number >> 31 != 0 for number in numbers])
+        found = self.compiled.get(variant)
+        if found is None:
+            arguments = (*tensors, *numbers, *self.constants)
+            found = self.compiled[variant] = _compile(self.kernel, arguments, self.warps, self.stages)
+        hooks = triton.knobs.runtime
+        # A profiler's hook wants Triton's own launch.
+        watched = [getattr(hook, "calls", hook) for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook)]
+        if any(watched):
+            keywords = {"num_warps": self.warps, "num_stages": self.stages}
+            self.kernel[(programs,)](*tensors, *numbers, *self.constants, **keywords)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run = found.run  # which loads it the first time
+        function, metadata = found.function, found.packed_metadata
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *numbers, *self.constants)
+
+
+_LAUNCHES: dict[tuple[Any, ...], Launch] = {}
+
+
+def prepared(kernel: Any, constants: tuple[Any, ...], warps: int, stages: int) -> Launch:
+    """The one `Launch` of these constants."""
+    key = (id(kernel), constants, warps, stages)
+    found = _LAUNCHES.get(key)
+    if found is None:
+        found = _LAUNCHES[key] = Launch(kernel, constants, warps, stages)
+    return found
 
 
 def launch(
@@ -91,40 +142,9 @@ def launch(
     warps: int,
     stages: int,
 ) -> None:
-    """Starts `kernel(*tensors, *numbers, *constants)` on the current device.
-
-    Triton looks at every argument anew at each launch, which takes longer than a short kernel runs. Here the numbers
-    are declared `do_not_specialize`, so that dtypes, alignment and constants alone choose the compiled kernel.
-    """
-    if INTERPRETED:
-        kernel[(programs,)](*tensors, *numbers, *constants)
-        return
-    device = torch.cuda.current_device()
-    # Addresses, because Triton asks the driver about every tensor that it is given.
-    addresses = [None if t is None else t.data_ptr() for t in tensors]
-    key = (
-        id(kernel),
-        device,
-        constants,
-        warps,
-        stages,
-        tuple([None if t is None else t.dtype for t in tensors]),
-        tuple([a is not None and a % 16 for a in addresses]),
-        tuple([number >> 31 != 0 for number in numbers]) if max(numbers) >> 31 else 0,
-    )
-    found = _COMPILED.get(key)
-    if found is None:
-        found = _COMPILED[key] = _compile(kernel, (*tensors, *numbers, *constants), warps, stages)
-    hooks = triton.knobs.runtime
-    # A profiler's hook wants Triton's own launch.
-    watched = [getattr(hook, "calls", hook) for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook)]
-    if any(watched):
-        kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps, num_stages=stages)
-        return
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    run = found.run  # which loads it the first time
-    function, metadata = found.function, found.packed_metadata
-    run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *numbers, *constants)
+    """Starts `kernel(*tensors, *numbers, *constants)` on the current device. Where its constants take long to work out
+    an operation keeps its `Launch`."""
+    prepared(kernel, constants, warps, stages)(programs, tensors, numbers)
 
 
 def _compile(kernel: Any, arguments: tuple[Any, ...], warps: int, stages: int) -> Any:

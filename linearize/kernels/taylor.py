@@ -14,6 +14,7 @@ Source: Arora et al. 2024 (Based, 2402.18668); the segments are those of sequenc
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -25,14 +26,15 @@ from linearize.modeling.reference import taylor_attention as reference_taylor_at
 
 from .common import (
     INTERPRETED,
+    Launch,
     check_bounds,
     check_heads,
     check_shape,
-    launch,
     on_device,
     opaque,
     power_of_2,
     precision,
+    prepared,
     refuse_second_derivative,
 )
 from .taylor_kernels import gradient_kernel, sweep_kernel
@@ -71,31 +73,32 @@ MOST_SEGMENTS = 32
 MOST_CHANNELS = 32
 
 
-class _Plan(NamedTuple):
-    """What all launches of one call share."""
+class _Plan:
+    """What all launches of one shape share, worked out once: short texts would wait for the host."""
 
-    documents: int
-    tokens: int
-    heads: int
-    groups: int
-    channels: int
-    columns: int
-    packed: bool
-    regime: str
-    operand: tl.dtype
-    precision: str
-
-    @property
-    def features(self) -> int:
-        return 1 + self.channels + self.channels * (self.channels + 1) // 2
-
-    @property
-    def chunks(self) -> int:
-        """How many chunks are numbered, over all documents."""
-        chunk = CHUNK[self.regime]
-        if self.packed:
-            return self.tokens // chunk + self.documents
-        return self.documents * -(-self.tokens // chunk)
+    def __init__(
+        self,
+        documents: int,
+        tokens: int,
+        heads: int,
+        groups: int,
+        channels: int,
+        columns: int,
+        packed: bool,
+        regime: str,
+        operand: tl.dtype,
+        precision: str,
+    ) -> None:
+        self.documents, self.tokens, self.heads, self.groups = documents, tokens, heads, groups
+        self.channels, self.columns, self.packed, self.regime = channels, columns, packed, regime
+        self.operand, self.precision = operand, precision
+        self.features = 1 + channels + channels * (channels + 1) // 2
+        chunk = CHUNK[regime]
+        # how many chunks are numbered, over all documents
+        self.chunks = tokens // chunk + documents if packed else documents * -(-tokens // chunk)
+        self.sweep_tiles, self.gradient_tiles = self.tile("sweep")[1], self.tile("gradient")[1]
+        self.forward_segments, self.backward_segments = self._segments(heads), self._segments(groups)
+        self.launches: dict[tuple[bool | int, ...], tuple[Launch, int]] = {}
 
     def tile(self, kind: str) -> tuple[Tile, int, tuple[int, ...]]:
         """The tile of a launch, how many cover the columns, and the kernels' constants D to LAST."""
@@ -108,38 +111,94 @@ class _Plan(NamedTuple):
         constants = (self.channels, self.columns, power_of_2(self.channels), width, chunk, blocks, block, last)
         return tile, -(-self.columns // width), constants
 
-    def segments(self, heads: int) -> int:
+    def _segments(self, heads: int) -> int:
         """Segments of time for a sweep over `heads`, from shapes alone."""
-        programs = self.documents * heads * self.tile("sweep")[1]
+        programs = self.documents * heads * self.sweep_tiles
         chunks = self.tokens // CHUNK[self.regime] // (self.documents if self.packed else 1)
         return max(1, min(PROGRAMS // max(programs, 1), chunks // LEAST_CHUNKS, MOST_SEGMENTS))
 
+    def sweep(
+        self, states: bool, reverse: bool, segments: int, weighted: bool, begun: bool, ended: bool, totals: bool
+    ) -> tuple[Launch, int]:
+        """`sweep_kernel` and its programs; `states` for the segments' own states alone."""
+        key = (states, reverse, segments, weighted, begun, ended, totals)
+        if key not in self.launches:
+            tile, tiles, shape = self.tile("states" if states else "sweep")
+            heads = self.groups if reverse or states else self.heads
+            constants = (
+                *shape,
+                self.heads // self.groups if reverse else 1,
+                32 * tile.warps,
+                not states,
+                reverse,
+                weighted,
+                int(begun),
+                ended,
+                totals,
+                self.packed,
+                self.operand,
+                self.precision,
+            )
+            programs = self.documents * (segments - states) * heads * tiles
+            self.launches[key] = prepared(sweep_kernel, constants, tile.warps, tile.stages), programs
+        return self.launches[key]
+
+    def gradient(self, reverse: bool, segments: int, weighted: bool, begun: bool) -> tuple[Launch, int]:
+        """`gradient_kernel` and its programs."""
+        key = (reverse, segments, weighted, begun)
+        if key not in self.launches:
+            tile, tiles, shape = self.tile("gradient")
+            constants = (
+                *shape,
+                self.heads // self.groups if reverse else 1,
+                32 * tile.warps,
+                reverse,
+                weighted,
+                int(begun),
+                self.packed,
+                self.operand,
+                self.precision,
+            )
+            programs = self.documents * segments * (self.groups if reverse else self.heads) * tiles
+            self.launches[key] = prepared(gradient_kernel, constants, tile.warps, tile.stages), programs
+        return self.launches[key]
+
 
 def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> _Plan:
-    """16-bit operands are bf16, because fp16's range does not hold states; the interpreter's stay fp32, because it
-    truncates where the device rounds."""
+    """One call's plan. 16-bit operands are bf16, because fp16's range does not hold states; the interpreter's stay
+    fp32, because it truncates where the device rounds."""
     batch, tokens, heads, channels = q.shape
     documents = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    wide = v.dtype == torch.float32
+    groups, columns = v.shape[2:]
+    make = _plan_of if isinstance(tokens, int) and isinstance(documents, int) else _plan_of.__wrapped__
+    return make(documents, tokens, heads, groups, channels, columns, cu_seqlens is not None, v.dtype)
+
+
+@functools.lru_cache(256)  # whose keys the compiler's symbols cannot be
+def _plan_of(
+    documents: int, tokens: int, heads: int, groups: int, channels: int, columns: int, packed: bool, dtype: torch.dtype
+) -> _Plan:
+    wide = dtype == torch.float32
     many = 1 + channels + channels * (channels + 1) // 2 > MANY
     return _Plan(
         documents,
         tokens,
         heads,
-        v.shape[2],
+        groups,
         channels,
-        v.shape[3],
-        cu_seqlens is not None,
+        columns,
+        packed,
         "many" if many else "float" if wide else "half",
         tl.float32 if wide or INTERPRETED else tl.bfloat16,
-        precision(v.dtype),
+        precision(dtype),
     )
 
 
 def _joined(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums the tiles' shares [tiles, ...]."""
     if partial.shape[0] == 2:
-        return torch.add(partial[0], partial[1], out=torch.empty(partial.shape[1:], dtype=dtype, device=partial.device))
+        one, two = partial.unbind(0)
+        return torch.add(one, two, out=torch.empty_like(one, dtype=dtype))
     return partial.sum(0).to(dtype)
 
 
@@ -162,30 +221,14 @@ def _sweep(
     end: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
     """Launches `sweep_kernel`, in reverse where there is `extra`; without `x` for the segments' own states alone."""
-    reverse = extra is not None
-    heads = plan.groups if reverse or x is None else plan.heads
-    tile, tiles, constants = plan.tile("states" if x is None else "sweep")
-    launch(
-        sweep_kernel,
-        plan.documents * (segments - (x is None)) * heads * tiles,
+    states, reverse = x is None, extra is not None
+    start, programs = plan.sweep(
+        states, reverse, segments, weight is not None, begun, end[0] is not None, totals is not None
+    )
+    start(
+        programs,
         (x, y, c, weight, extra, partner, out, z, totals, *parts, *end, bounds),
-        (plan.tokens, segments, heads, plan.groups),
-        (
-            *constants,
-            plan.heads // plan.groups if reverse else 1,
-            32 * tile.warps,
-            x is not None,
-            reverse,
-            weight is not None,
-            int(begun),
-            end[0] is not None,
-            totals is not None,
-            plan.packed,
-            plan.operand,
-            plan.precision,
-        ),
-        tile.warps,
-        tile.stages,
+        (plan.tokens, segments, plan.groups if reverse or states else plan.heads, plan.groups),
     )
 
 
@@ -205,28 +248,14 @@ def _gradient(
     reverse: bool,
 ) -> Tensor:
     """Launches `gradient_kernel` and returns x's gradient in x's dtype."""
-    tile, tiles, constants = plan.tile("gradient")
-    heads = x.shape[2]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if tiles == 1 else None
+    tiles = plan.gradient_tiles
+    start, programs = plan.gradient(reverse, segments, weight is not None, begun)
+    out = torch.empty_like(x) if tiles == 1 else None
     partial = torch.empty(tiles, *x.shape, dtype=torch.float32, device=x.device) if out is None else out
-    launch(
-        gradient_kernel,
-        plan.documents * segments * heads * tiles,
+    start(
+        programs,
         (x, y, a, c, weight, extra, totals, parts, bounds, partial),
-        (plan.tokens, segments, heads, plan.groups),
-        (
-            *constants,
-            plan.heads // plan.groups if reverse else 1,
-            32 * tile.warps,
-            reverse,
-            weight is not None,
-            int(begun),
-            plan.packed,
-            plan.operand,
-            plan.precision,
-        ),
-        tile.warps,
-        tile.stages,
+        (plan.tokens, segments, plan.groups if reverse else plan.heads, plan.groups),
     )
     return _joined(partial, x.dtype) if out is None else out
 
@@ -286,7 +315,7 @@ def _forward_outputs(
         end_k = z.new_empty(plan.documents, plan.groups, plan.features)
     if keep:
         totals = z.new_empty(plan.chunks, plan.groups, plan.features)
-    parts = _room(plan, plan.segments(plan.heads), begin is not None, q)
+    parts = _room(plan, plan.forward_segments, begin is not None, q)
     return out, z, end, end_k, totals, *parts  # type: ignore[return-value]
 
 
@@ -305,7 +334,7 @@ def _forward(
     made = _forward_outputs(q, k, v, weight, begin, begin_k, cu_seqlens, output_state, keep)
     out, z, end, end_k, totals, parts, parts_k = made
     plan = _plan(q, v, cu_seqlens)
-    segments, begun = plan.segments(plan.heads), begin is not None
+    segments, begun = plan.forward_segments, begin is not None
     with on_device(q):
         first = _parts(plan, segments, k, v, weight, None, begin, begin_k, cu_seqlens, parts, parts_k)
         _sweep(
@@ -355,14 +384,14 @@ def _backward(
     parts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan = _plan(q, v, cu_seqlens)
-    forward, back = plan.segments(plan.heads), plan.segments(plan.groups)
+    forward, back = plan.forward_segments, plan.backward_segments
     begun, ended = begin is not None, d_end is not None
     dv = torch.empty_like(v)
     d_begin = d_begin_k = dw = None
     if begin is not None:
         d_begin, d_begin_k = torch.empty_like(begin), torch.empty_like(begin[..., 0])
     if weight is not None:
-        dw = torch.empty(plan.tile("sweep")[1], *weight.shape, dtype=torch.float32, device=q.device)
+        dw = torch.empty(plan.sweep_tiles, *weight.shape, dtype=torch.float32, device=q.device)
     ahead = torch.empty_like(totals)
     with on_device(q):
         first = begin if forward == 1 else parts
