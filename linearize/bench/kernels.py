@@ -125,7 +125,8 @@ def _time_all(
             for provider, setup in found:
                 if provider.op != op or (provider.quadratic and tokens > options.softmax_max_tokens):
                     continue
-                row, out = _measure(provider, setup, replace(shape, tokens=tokens), clock, options.only_forward)
+                with torch.autograd.set_multithreading_enabled(options.autograd_thread):
+                    row, out = _measure(provider, setup, replace(shape, tokens=tokens), clock, options.only_forward)
                 for name in ("forward", "forward_backward"):
                     floor = row.pop(f"{name}_bytes", None)
                     row[f"{name}_floor_ms"] = None if floor is None else floor / copy_gbps / 1e6
@@ -242,11 +243,11 @@ class _Results:
             self.path = where / FILE
         elif options.merge:
             raise UsageError("--merge needs -o/--out: the folder whose rows are kept")
-        facts = shape.to_dict() | {"tokens": options.lengths()}
+        facts = shape.to_dict() | {"tokens": options.lengths(), "autograd_thread": options.autograd_thread}
         self.facts: Row = {**record.header(command, shape.device), **facts}
         if self.path is not None and self.path.exists():
             self.old = record.read(self.path)
-            same = ("batch", "heads", "kv_heads", "head_dim", "dtype", "hardware")
+            same = ("batch", "heads", "kv_heads", "head_dim", "dtype", "hardware", "autograd_thread")
             record.check_same(self.path, self.old, self.facts, same)
         self.new: dict[str, list[Row]] = {name: [] for name, _ in self.KEYS}
 

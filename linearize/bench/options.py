@@ -70,6 +70,9 @@ class KernelOptions:
     decode_batch: str = _option("64", "Sequences in a step of decoding.")
     softmax_max_tokens: int = _option(131072, "Longest length of what is quadratic in it.")
     only_forward: bool = _option(False, "Leave the backward pass out.")
+    autograd_thread: bool = _option(
+        False, "Backward passes in autograd's own thread; its hand-over to another core can outlast a short kernel."
+    )
     timing: bool = _option(True, "Speed and memory; --no-timing for the cold starts alone.")
     cold_start: bool = _option(False, "Also the seconds of each first call, from an empty Triton cache.")
     jobs: int = _option(1, "Cold starts measured at once; more than 1 disturb each other.")

@@ -209,7 +209,8 @@ class StageTrainer(Trainer):
             return
         self._last_line = checkpoint_step(checkpoint) if checkpoint else 0
         try:
-            with full_disk_said(self.folder):
+            # One device: a backward pass in autograd's own thread would only move every Python object to another core.
+            with full_disk_said(self.folder), torch.autograd.set_multithreading_enabled(False):
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             self.pace.close()
