@@ -11,7 +11,7 @@ from conftest import CONFIGS, MIXER_NAMES, exact_norms, relative_error, shake, t
 from transformers import AutoModelForCausalLM
 
 from linearize.convert.swap import convert
-from linearize.modeling import linear_branch_off
+from linearize.modeling import branch_off
 
 WINDOWS = [0, 8]
 KEEPS = [None, "heads:0.1,1.2,1.3", "0"]
@@ -264,10 +264,34 @@ def test_a_window_as_long_as_the_text_is_softmax(mixer_name):
     teacher, ids = tiny_teacher(dtype=torch.float64), tokens()
     student = exact_norms(convert(teacher, mixer_name, window=45))
     teacher = exact_norms(teacher)
-    with linear_branch_off(student):
+    with branch_off(student, "linear"):
         assert relative_error(student(ids).logits, teacher(ids).logits) < 1e-10
     if mixer_name in ("linear", "based"):  # one denominator: no far key, no weight
         assert relative_error(student(ids).logits, teacher(ids).logits) < 1e-10
+
+
+@torch.no_grad()
+def test_a_branch_that_is_off_is_not_seen(mixer_name):
+    """Beside one another and alone, with a cache and without; and without a window there is nothing to switch off."""
+    student, ids = student_of(mixer_name, 8), tokens()
+    whole = student(ids).logits
+    for branch in ("linear", "window"):
+        with branch_off(student, branch):
+            alone = student(ids).logits
+            out = student(ids[:, :20], use_cache=True)
+            pieces = [out.logits]
+            for t in range(20, ids.shape[1]):
+                pieces.append(student(ids[:, t : t + 1], past_key_values=out.past_key_values).logits)
+            assert relative_error(torch.cat(pieces, 1), alone) < 1e-10
+        assert not torch.equal(alone, whole)
+        assert torch.equal(student(ids).logits, whole)
+    with branch_off(student, "window"):  # token 8 is the first that any linear branch has a key for: token 0, a sink
+        changed = ids.clone()
+        changed[:, 1] = (changed[:, 1] + 1) % 100
+        moved = (student(changed).logits - student(ids).logits).abs().amax((0, 2)) > 0
+        assert not moved[2:9].any() and moved[9]
+    with pytest.raises(ValueError, match="without a window"), branch_off(student_of(mixer_name, 0), "window"):
+        pass
 
 
 @torch.no_grad()

@@ -137,7 +137,7 @@ def test_linear_branch_off():
     student.train()
     result = evaluate(student, teacher, tokenizer=letters(), dataset=TEXT, **SMALL)
     off = result["linear_off"]
-    with mixer.linear_branch_off(student):
+    with mixer.branch_off(student, "linear"):
         bare = evaluate(student, teacher, tokenizer=letters(), dataset=TEXT, branches=False, **SMALL)
     assert bare["linear_off"] is None
     for key in ("kl", "perplexity", "recall"):

@@ -137,14 +137,14 @@ def _linear_off(student: Any) -> Callable[[], AbstractContextManager[None]] | No
     """Turns the linear branch off; None for a model that has none, or of which nothing would be left."""
     if not getattr(student, "mixer_layers", list)():
         return None
-    from ..modeling.mixer import linear_branch_off
+    from ..modeling.mixer import branch_off
 
     try:
-        with linear_branch_off(student):
+        with branch_off(student, "linear"):
             pass
     except ValueError:  # a mixer without a window
         return None
-    return lambda: linear_branch_off(student)
+    return lambda: branch_off(student, "linear")
 
 
 @contextmanager

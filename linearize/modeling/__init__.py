@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .attention import LinearizeAttention
 from .configuration_linearize import SOFTMAX, AttentionAnatomy, LinearizeConfig
-from .mixer import MIXERS, Mixer, linear_branch_off
+from .mixer import MIXERS, Mixer, branch_off
 from .modeling_linearize import LinearizeForCausalLM
 
 AutoConfig.register(LinearizeConfig.model_type, LinearizeConfig, exist_ok=True)
@@ -18,5 +18,5 @@ __all__ = [
     "LinearizeConfig",
     "LinearizeForCausalLM",
     "Mixer",
-    "linear_branch_off",
+    "branch_off",
 ]

@@ -111,7 +111,7 @@ class Mixer(nn.Module):
         self.num_states = num_heads if state_heads == "query" else num_kv_heads
         self.scale = head_dim**-0.5 if scale is None else scale
         self.window, self.sinks = window, sinks
-        self.linear_branch = True
+        self.linear_branch = self.window_branch = True
 
     # What a mixer is made of ------------------------------------------------------------------------------------
 
@@ -210,7 +210,8 @@ class Mixer(nn.Module):
             q, k, v = (tensor.flatten(0, 1).unsqueeze(0) for tensor in (q, k, v))
             x = None if x is None else x.flatten(0, 1).unsqueeze(0)
         gates = self.gates(k, x)
-        one = q.shape[1] == 1 and self.has_step and self.linear_branch and layout.real is None
+        both = self.linear_branch and self.window_branch
+        one = q.shape[1] == 1 and self.has_step and both and layout.real is None
         if one and cache is not None and cache.can_step(q.device) and cache.tensors["kv"].shape[2] <= MOST_FEATURES:
             out = self._step(q, k, v, gates, cache)
         elif self.window:
@@ -331,18 +332,20 @@ class Mixer(nn.Module):
                 if new is not None:
                     cache.put(name, roll(cache.get(name), new, start, window))
             cache.put("length", (start + tokens).clamp(min=0))
-        near, lse = window_attention(
-            q,
-            keys,
-            values,
-            window=window,
-            sinks=self.sinks,
-            scale=self.scale,
-            position=start,
-            sink_k=sink_k,
-            sink_v=sink_v,
-            cu_seqlens=layout.cu_seqlens,
-        )
+        near = lse = None
+        if self.window_branch:
+            near, lse = window_attention(
+                q,
+                keys,
+                values,
+                window=window,
+                sinks=self.sinks,
+                scale=self.scale,
+                position=start,
+                sink_k=sink_k,
+                sink_v=sink_v,
+                cu_seqlens=layout.cu_seqlens,
+            )
 
         # Keys reach the linear branch when they leave the window: everything is delayed by W tokens.
         def delayed(whole: Tensor | None) -> Tensor | None:
@@ -374,22 +377,25 @@ class Mixer(nn.Module):
 
 
 @contextmanager
-def linear_branch_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the mixers of `model` that have a window give it and the sinks alone.
+def branch_off(model: nn.Module, branch: str) -> Iterator[None]:
+    """Inside, the mixers of `model` run without their `branch`: "linear" leaves the window and the sinks, "window"
+    leaves the linear branch, which then sees no key nearer than the window was long.
 
     Raises:
-        ValueError: a mixer has no window, so nothing would be left of it.
+        ValueError: a mixer has no window, so nothing would be left of it, or nothing taken.
     """
+    if branch not in ("linear", "window"):
+        raise ValueError(f"a mixer's branches are 'linear' and 'window', not {branch!r}")
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
     if any(not mixer.window for mixer in mixers):
-        raise ValueError("without a window nothing is left of a mixer when its linear branch is off")
+        raise ValueError("a mixer without a window has its linear branch alone: there is none to switch off")
     for mixer in mixers:
-        mixer.linear_branch = False
+        setattr(mixer, f"{branch}_branch", False)
     try:
         yield
     finally:
         for mixer in mixers:
-            mixer.linear_branch = True
+            setattr(mixer, f"{branch}_branch", True)
 
 
 def project_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
