@@ -145,9 +145,38 @@ def swap_options(command: Command) -> Command:
             "--sinks", type=int, default=None, help="First tokens always visible.  [default: 1 with a window]"
         ),
         click.option("--window", type=int, default=None, help="Keys of exact softmax, 0 for none.  [default: 64]"),
-        click.option("--keep-softmax", metavar="WHAT", help="Leave softmax: 0,7,14 | every:6 | heads:18.6,17.3."),
+        click.option(
+            "--keep-softmax",
+            metavar="WHAT",
+            help="Leave softmax: 0,7,14 | every:6 | heads:18.6,17.3 | auto:5 layers | heads:auto:10% of the KV bytes.",
+        ),
         click.option(
             "--to", required=True, metavar="MIXER", help="linear, retention, gla, mamba2, gated_delta, based."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def calibrate_options(command: Command) -> Command:
+    """What `convert` measures on text before it writes."""
+    for option in (
+        click.option("--text-field", default="text", show_default=True, help="The field with the text."),
+        click.option(
+            "--keep-score",
+            type=click.Choice(["gradient", "induction"]),
+            default="gradient",
+            show_default=True,
+            help="How --keep-softmax auto scores: the share of the KL that it brings back, or attention to repeats.",
+        ),
+        click.option("--calibrate-passes", type=int, help="Passes of the short alignment, 0 for none.  [default: 4]"),
+        click.option("--calibrate-length", type=int, help="Tokens of a sequence.  [default: 1024]"),
+        click.option("--calibrate-sequences", type=int, help="Sequences, at most 64.  [default: 64]"),
+        click.option(
+            "--calibrate",
+            "calibrate_on",
+            metavar="DATASET",
+            help="Start the mixers from the teacher's attention on this text; scores are measured on it too.",
         ),
     ):
         command = option(command)

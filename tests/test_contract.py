@@ -10,7 +10,7 @@ import torch
 from conftest import CONFIGS, MIXER_NAMES, exact_norms, relative_error, shake, tiny_teacher
 from transformers import AutoModelForCausalLM
 
-from linearize.convert.swap import convert
+from linearize.convert import convert
 from linearize.modeling import branch_off
 
 WINDOWS = [0, 8]

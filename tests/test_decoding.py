@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, StaticCache
 
-from linearize.convert.swap import convert
+from linearize.convert import convert
 from linearize.modeling import decoding
 
 GPU = torch.cuda.is_available()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import shake, tiny_teacher
 
-from linearize.convert.swap import convert
+from linearize.convert import convert
 
 SCRIPT = """
 import sys

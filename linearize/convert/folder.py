@@ -10,11 +10,14 @@ from typing import Any
 import torch
 
 from .. import provenance
+from ..calibrate import CalibrateOptions
+from ..calibrate.figures import draw_calibration, draw_scores
+from ..data import TextSource
 from ..errors import UsageError
 from ..output import check_new, new_folder
 from ..source import ModelSource, load_config, load_model, load_tokenizer, parse_device, parse_dtype
+from .calibrated import convert
 from .plan import Plan, check_mixer, describe, plan
-from .swap import convert
 
 _SIZE = re.compile(r"0*[1-9]\d*(\.\d+)?[KMGT]B", re.IGNORECASE)
 
@@ -30,6 +33,10 @@ def convert_folder(
     max_shard_size: str = "5GB",
     seed: int = 0,
     dry_run: bool = False,
+    calibrate_on: str | None = None,
+    calibrate_options: CalibrateOptions | None = None,
+    keep_score: str = "gradient",
+    text_field: str = "text",
     command: list[str] | str = "linearize.convert",
     **options: Any,
 ) -> Plan:
@@ -39,7 +46,7 @@ def convert_folder(
 
     Args:
         source: the teacher.
-        to, options: as in `convert`.
+        to, options: as in `convert`; what was measured is written too, `keep_scores.json` and `calibration.json`.
         out: a folder that is not there yet, or is to be replaced with `overwrite`.
         dry_run: check the same, read no weights, and write nothing.
 
@@ -57,16 +64,30 @@ def convert_folder(
     config = load_config(source)
     if isinstance(chosen, torch.dtype):
         config.dtype = chosen
+    if calibrate_on is not None:
+        TextSource.parse(calibrate_on)  # a file that is not there is said before models are loaded
     planned = plan(config, to, **options)
     if dry_run:
         return planned
     tokenizer = load_tokenizer(source)
     teacher = load_model(source, dtype=chosen, device=place)
-    student = convert(teacher, to, share_memory=True, seed=seed, **options)
+    student = convert(
+        teacher,
+        to,
+        share_memory=True,
+        seed=seed,
+        tokenizer=tokenizer,
+        calibrate_on=calibrate_on,
+        calibrate_options=calibrate_options,
+        keep_score=keep_score,
+        text_field=text_field,
+        **options,
+    )
     made = describe(student, teacher, to)
     with new_folder(path, overwrite=overwrite) as folder:
         student.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
+        _write_measured(folder, student)
         record = provenance.record(
             command=command,
             stage="convert",
@@ -76,7 +97,20 @@ def convert_folder(
             mixer_options=made.mixer_options,
             softmax_heads={layer.index: layer.softmax_heads for layer in made.layers if layer.softmax_heads},
             seed=seed,
-            tokens=0,
+            tokens=0 if student.calibration is None else student.calibration.tokens,
+            calibrated_on=calibrate_on,
         )
         provenance.write(folder, json.loads(json.dumps(record)))
     return made
+
+
+def _write_measured(folder: Path, student: Any) -> None:
+    """The scores and the fidelity report beside the weights, as JSON and, with matplotlib, drawn."""
+    for name, found, draw in (
+        ("keep_scores", student.keep_scores, draw_scores),
+        ("calibration", student.calibration, draw_calibration),
+    ):
+        if found is not None:
+            data = found.to_dict()
+            (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+            draw(data, folder / f"{name}.png")

@@ -4,11 +4,68 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..errors import UsageError
 from ..modeling import AttentionAnatomy
 
-FORMS = "layers '0,7,14', every n-th layer 'every:6', or heads as layer.head 'heads:18.6,17.3'"
+FORMS = (
+    "layers '0,7,14', every n-th layer 'every:6', heads as layer.head 'heads:18.6,17.3', or by measured scores "
+    "'auto:5' layers and 'heads:auto:10%' of the KV bytes"
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `auto` asks for: `count` layers, or `count` key groups."""
+
+    layers: bool
+    count: int
+
+
+def parse_auto(keep: str | Sequence[int] | None, anatomies: Sequence[AttentionAnatomy]) -> Wanted | None:
+    """What `auto:5`, `auto:20%`, `heads:auto:9` or `heads:auto:10%` asks for; None for every other form.
+
+    Only layers whose keys the teacher does not bound by a window of its own are to choose from, and shares are of them.
+
+    Raises:
+        UsageError: a number out of range.
+    """
+    match = re.fullmatch(r"(heads:)?auto:(\d+(?:\.\d+)?)(%?)", keep.replace(" ", "")) if isinstance(keep, str) else None
+    if match is None:
+        return None
+    free = [anatomy for anatomy in anatomies if anatomy.window is None]
+    whole = sum(anatomy.num_kv_heads for anatomy in free) if match[1] else len(free)
+    what = "key groups" if match[1] else "layers"
+    if not whole:
+        raise UsageError(f"--keep-softmax {keep}: the teacher's own window bounds every layer; name what to keep")
+    amount = float(match[2])
+    if match[3]:
+        if not 0 < amount <= 100:
+            raise UsageError(f"--keep-softmax {keep}: a share is above 0 and at most 100 %")
+        return Wanted(not match[1], max(1, int(whole * amount / 100 + 1e-9)))
+    if amount != int(amount) or not 1 <= amount <= whole:
+        raise UsageError(f"--keep-softmax {keep}: the model has {whole} {what} to choose from; give 1 to {whole}")
+    return Wanted(not match[1], int(amount))
+
+
+def as_many(wanted: Wanted, anatomies: Sequence[AttentionAnatomy]) -> str | list[int]:
+    """As many layers or key groups as are wanted, spread evenly: what a plan counts with before scores are measured."""
+    free = [index for index, anatomy in enumerate(anatomies) if anatomy.window is None]
+    if wanted.layers:
+        return [free[(2 * i + 1) * len(free) // (2 * wanted.count)] for i in range(wanted.count)]
+    groups = [(index, group) for index in free for group in range(anatomies[index].num_kv_heads)]
+    chosen = [groups[(2 * i + 1) * len(groups) // (2 * wanted.count)] for i in range(wanted.count)]
+    return heads_text(chosen, anatomies)
+
+
+def heads_text(groups: Sequence[tuple[int, int]], anatomies: Sequence[AttentionAnatomy]) -> str:
+    """`heads:...` of all query heads of the (layer, key group) pairs."""
+    heads = []
+    for layer, group in groups:
+        size = anatomies[layer].group_size
+        heads += [f"{layer}.{group * size + member}" for member in range(size)]
+    return "heads:" + ",".join(heads)
 
 
 def kept_heads(keep: str | Sequence[int] | None, anatomies: Sequence[AttentionAnatomy]) -> dict[int, list[int]]:
@@ -31,6 +88,8 @@ def kept_heads(keep: str | Sequence[int] | None, anatomies: Sequence[AttentionAn
 
     if keep is None or keep == "" or keep == []:
         return {}
+    if parse_auto(keep, anatomies) is not None:
+        raise UsageError(f"--keep-softmax {keep} is chosen by scores, which `linearize convert` measures first")
     if isinstance(keep, str):
         keep = keep.replace(" ", "")
     if not isinstance(keep, str):

@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..modeling import MIXERS, SOFTMAX, LinearizeConfig, LinearizeForCausalLM, Mixer
 from .anatomy import family_of, meta_model, read_anatomy
 from .estimates import convert_estimate, distill_estimate
-from .keep import kept_heads
+from .keep import as_many, kept_heads, parse_auto
 
 DEFAULT_WINDOW, DEFAULT_SINKS = 64, 1
 _OF_THE_ANATOMY = ("num_heads", "num_kv_heads", "head_dim", "hidden_size", "scale")
@@ -156,6 +156,10 @@ def plan(model: PreTrainedConfig | PreTrainedModel | str | Path, to: str = "base
 
         model = load_config(ModelSource(model=str(model)))
     teacher = model if isinstance(model, PreTrainedModel) else meta_model(model)
+    anatomies = read_anatomy(teacher)
+    wanted = parse_auto(options.get("keep_softmax"), anatomies)
+    if wanted is not None:  # which ones is measured at the conversion; how many is known
+        options["keep_softmax"] = as_many(wanted, anatomies)
     config = student_config(teacher, to, **options)
     with torch.device("meta"):
         student = LinearizeForCausalLM(config)

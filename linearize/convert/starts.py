@@ -65,17 +65,22 @@ def _square_root(moment: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
 
 
-@torch.no_grad()
 def _start_based(attention: LinearizeAttention, mixer: Based, gain: Tensor | None, inv_freq: Tensor | None) -> None:
-    """The d-channel projections that keep most of the logits' energy.
+    anatomy = attention.anatomy
+    moment_q = _second_moment(attention.q_proj, attention.q_norm, anatomy.num_heads, gain, inv_freq)
+    moment_k = _second_moment(attention.k_proj, attention.k_norm, anatomy.num_kv_heads, gain, inv_freq)
+    based_projections(attention, mixer, moment_q, moment_k)
+
+
+@torch.no_grad()
+def based_projections(attention: LinearizeAttention, mixer: Based, moment_q: Tensor, moment_k: Tensor) -> None:
+    """The d-channel projections that keep most of the logits' energy, from second moments [H, D, D] and [G, D, D].
 
     With q = Cq^1/2 a and k = Ck^1/2 b, whitened a and b, s = a^T M b with M = Cq^1/2 Ck^1/2, and the best rank-d
     approximation keeps M's leading right singular vectors V (those of all query heads that share the key head,
     stacked): k -> V^T Ck^-1/2 k, q -> V^T Ck^1/2 q.
     """
     anatomy = attention.anatomy
-    moment_q = _second_moment(attention.q_proj, attention.q_norm, anatomy.num_heads, gain, inv_freq)
-    moment_k = _second_moment(attention.k_proj, attention.k_norm, anatomy.num_kv_heads, gain, inv_freq)
     size = anatomy.group_size
     root_q, root_k = _square_root(moment_q), _square_root(moment_k)
     per_query = mixer.num_states == mixer.num_heads

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from .plan import student_config
 from .starts import start_from_weights
 
 
-def convert(
-    model: PreTrainedModel | str | Path,
+def swap(
+    model: PreTrainedModel,
     to: str = "based",
     *,
     keep_softmax: str | Sequence[int] | None = None,
@@ -27,29 +26,7 @@ def convert(
     share_memory: bool = False,
     seed: int = 0,
 ) -> LinearizeForCausalLM:
-    """Swaps a model's softmax attention for `to`; the argument itself stays as it is.
-
-    Args:
-        model: a loaded transformers model, a Hub id or a folder.
-        to: a mixer, see `linearize.mixers()`.
-        keep_softmax: layers or heads left softmax: a list of layers, or the text of `--keep-softmax`.
-        window: keys of exact softmax beside the linear branch; 64 by default, 0 for none.
-        sinks: first tokens that stay visible; 1 by default with a window.
-        mixer_options: further options of the mixer, such as `feature_map`.
-        share_memory: let the student hold the teacher's own tensors. It halves the memory, and training the student
-            then changes the teacher.
-        seed: for the few starts that are random.
-
-    Returns:
-        The student, in the teacher's dtype and on its device, in eval mode.
-
-    Raises:
-        UserError, UsageError: the model cannot be converted, or an option is out of range; nothing was changed.
-    """
-    if not isinstance(model, PreTrainedModel):
-        from ..source import ModelSource, load_model
-
-        model, share_memory = load_model(ModelSource(model=str(model))), True
+    """The student of a loaded model, started from its weights alone; arguments and errors as in `convert`."""
     config = student_config(
         model, to, keep_softmax=keep_softmax, window=window, sinks=sinks, mixer_options=mixer_options
     )

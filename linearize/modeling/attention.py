@@ -118,17 +118,7 @@ class LinearizeAttention(nn.Module):
             ValueError: packed documents together with a cache.
         """
         batch, tokens, _ = hidden_states.shape
-        anatomy = self.anatomy
-        q = self.q_proj(hidden_states).unflatten(-1, (anatomy.num_heads, anatomy.head_dim))
-        k = self.k_proj(hidden_states).unflatten(-1, (anatomy.num_kv_heads, anatomy.head_dim))
-        v = self.v_proj(hidden_states).unflatten(-1, (anatomy.num_kv_heads, anatomy.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if anatomy.rotary_dim:
-            if position_embeddings is None:
-                raise ValueError(f"{self.path} rotates its queries and keys: pass position_embeddings (cos, sin)")
-            cos, sin = position_embeddings
-            q, k = rotate(q, cos, sin, anatomy.rotary_dim), rotate(k, cos, sin, anatomy.rotary_dim)
+        q, k, v = self.project(hidden_states, position_embeddings)
         cache = mixer_cache_layer(past_key_values, self.layer_idx)
         if (bounds := kwargs.get("cu_seq_lens_q")) is not None and batch == 1:
             layout = Layout(cu_seqlens=bounds.long())
@@ -142,6 +132,27 @@ class LinearizeAttention(nn.Module):
         if cache is not None:
             cache.advance(tokens, q.device)
         return self.o_proj(out.flatten(2)), None
+
+    def project(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, D], keys and values [B, T, G, D] of hidden_states [B, T, hidden], normalised and rotated.
+
+        Raises:
+            ValueError: the layer rotates, and `position_embeddings` (cos, sin) are missing.
+        """
+        anatomy = self.anatomy
+        q = self.q_proj(hidden_states).unflatten(-1, (anatomy.num_heads, anatomy.head_dim))
+        k = self.k_proj(hidden_states).unflatten(-1, (anatomy.num_kv_heads, anatomy.head_dim))
+        v = self.v_proj(hidden_states).unflatten(-1, (anatomy.num_kv_heads, anatomy.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if anatomy.rotary_dim:
+            if position_embeddings is None:
+                raise ValueError(f"{self.path} rotates its queries and keys: pass position_embeddings (cos, sin)")
+            cos, sin = position_embeddings
+            q, k = rotate(q, cos, sin, anatomy.rotary_dim), rotate(k, cos, sin, anatomy.rotary_dim)
+        return q, k, v
 
     def _index(self, name: str, groups: list[int], per_group: int, device: torch.device) -> Tensor:
         key = (name, device)

@@ -71,6 +71,8 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
     # Few parameters, and decays that bf16 would round away.
     _keep_in_fp32_modules_strict = ["mixer"]  # noqa: RUF012
     _parent_class: type[PreTrainedModel]
+    keep_scores: Any = None  # what `convert` measured
+    calibration: Any = None
 
     def __init__(self, config: LinearizeConfig) -> None:
         asked = config._attn_implementation_internal

@@ -1,0 +1,57 @@
+"""The teacher with every head's far keys on a gate: at 1 it is the teacher, at 0 its window and sinks alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..convert.swap import swap
+
+
+class Restored(nn.Module):
+    """In a mixer's place: near + gate (whole - near), the teacher's softmax over the window and the sinks and over all.
+
+    Args:
+        num_heads: query heads, a gate each.
+        scale: multiplies q . k.
+        window, sinks: keys that `near` sees.
+        local: the teacher's own sliding window, None where it attends to everything.
+    """
+
+    def __init__(self, num_heads: int, scale: float, window: int, sinks: int, local: int | None) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(num_heads))
+        self.scale, self.window, self.sinks, self.local = scale, window, sinks, local
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """q [B, T, H, D], k and v [B, T, G, D] to [B, T, H, D]; one document a row."""
+        tokens = q.shape[1]
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        place = torch.arange(tokens, device=q.device)
+        behind = place[:, None] - place[None, :]
+        whole_mask = behind >= 0 if self.local is None else (behind >= 0) & (behind < self.local)
+        near_mask = whole_mask & ((behind < self.window) | (place < self.sinks))
+
+        def attend(mask: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True)
+
+        gate = self.gate.to(q.dtype)[:, None, None]
+        near = attend(near_mask)
+        out = near + gate * (attend(whole_mask) - near)
+        return out.transpose(1, 2)
+
+
+def probe_of(teacher: Any, *, window: int, sinks: int) -> Any:
+    """A student that shares the teacher's tensors, whose mixers are `Restored`; only the gates require gradients."""
+    probe = swap(teacher, "retention", window=window, sinks=sinks, share_memory=True)
+    probe.requires_grad_(False)
+    for _, attention in probe.mixer_layers():
+        anatomy = attention.anatomy
+        restored = Restored(anatomy.num_heads, anatomy.scale, window, sinks, anatomy.window)
+        attention.mixer = restored.to(  # type: ignore[assignment]
+            attention.q_proj.weight.device
+        )
+    return probe

@@ -1,0 +1,92 @@
+"""`convert`: the surgery, with what stays softmax and where the mixers start from measured on a little text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..calibrate import PASSAGE, CalibrateOptions, calibrate, measure, passages_on, sequences
+from ..errors import UsageError
+from ..modeling import LinearizeForCausalLM
+from .anatomy import read_anatomy
+from .keep import parse_auto
+from .plan import DEFAULT_SINKS, DEFAULT_WINDOW, student_config
+from .swap import swap
+
+
+def convert(
+    model: PreTrainedModel | str | Path,
+    to: str = "based",
+    *,
+    keep_softmax: str | Sequence[int] | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
+    mixer_options: dict[str, Any] | None = None,
+    calibrate_on: str | Tensor | None = None,
+    calibrate_options: CalibrateOptions | None = None,
+    keep_score: str = "gradient",
+    tokenizer: Any = None,
+    text_field: str = "text",
+    share_memory: bool = False,
+    seed: int = 0,
+) -> LinearizeForCausalLM:
+    """Swaps a model's softmax attention for `to`; the argument itself stays as it is.
+
+    Args:
+        model: a loaded transformers model, a Hub id or a folder.
+        to: a mixer, see `linearize.mixers()`.
+        keep_softmax: layers or heads left softmax: a list of layers, or the text of `--keep-softmax`. `auto:5` and
+            `heads:auto:10%` choose by scores measured here, which the student has as `.keep_scores`.
+        window: keys of exact softmax beside the linear branch; 64 by default, 0 for none.
+        sinks: first tokens that stay visible; 1 by default with a window.
+        mixer_options: further options of the mixer, such as `feature_map`.
+        calibrate_on: a DATASET, or rows of token ids [N, T]: the mixers start from what the teacher's attention does
+            there, and the student has the report as `.calibration`. Scores are measured there too, or without it on the
+            embedded text.
+        tokenizer: of a loaded model, where text is to be read.
+        share_memory: let the student hold the teacher's own tensors. It halves the memory, and training the student
+            then changes the teacher.
+        seed: for the few starts that are random, and the order of the text.
+
+    Returns:
+        The student, in the teacher's dtype and on its device, in eval mode.
+
+    Raises:
+        UserError, UsageError: the model cannot be converted, an option is out of range, text is missing or too short;
+            nothing was changed.
+    """
+    if not isinstance(model, PreTrainedModel):
+        from ..source import ModelSource, load_model, load_tokenizer
+
+        source = ModelSource(model=str(model))
+        tokenizer = tokenizer or load_tokenizer(source)
+        model, share_memory = load_model(source), True
+    options = calibrate_options or CalibrateOptions(seed=seed)
+    settings: dict[str, Any] = {"window": window, "sinks": sinks, "mixer_options": mixer_options}
+    wanted = parse_auto(keep_softmax, read_anatomy(model))
+    student_config(model, to, keep_softmax=None if wanted else keep_softmax, **settings)  # refuses before it measures
+
+    def text(count: int, length: int) -> Tensor:
+        return sequences(calibrate_on, tokenizer, count=count, length=length, seed=options.seed, text_field=text_field)
+
+    scores = None
+    if wanted is not None:
+        passages = text(passages_on(model.device), PASSAGE)
+        near = window or DEFAULT_WINDOW
+        scores = measure(
+            model, passages, wanted, window=near, sinks=DEFAULT_SINKS if sinks is None else sinks, method=keep_score
+        )
+        keep_softmax = scores.keep_softmax
+    rows = None if calibrate_on is None else text(options.sequences, options.length)
+    student = swap(model, to, keep_softmax=keep_softmax, share_memory=share_memory, seed=seed, **settings)
+    student.keep_scores = scores
+    student.calibration = None
+    if rows is not None:
+        if not student.mixer_layers():
+            raise UsageError("--calibrate: every layer stays softmax, so there is nothing to calibrate")
+        student.calibration = calibrate(student, model, rows, options)
+    return student
