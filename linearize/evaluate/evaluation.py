@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data import TextSource, read_tokens
+from ..data import read_tokens
 from ..errors import UsageError, UserError
-from .scoring import Scorer, Sums, add_batch
-
-STUDENT, TEACHER, OFF = "student", "teacher", "linear_off"
-HELD_OUT = Path(__file__).parents[1] / "demo" / "text" / "heldout.jsonl.gz"
-
-Dataset = str | Sequence[Any] | Mapping[str, Any] | None
+from .agreement import NEW_TOKENS, agreement, continuations, prompts_of
+from .costs import costs
+from .positions import by_position
+from .report import Copies, figures, report
+from .retrieval import parse_contexts, retrieval
+from .scoring import Sums, add_batch
+from .task_files import Task, read_tasks
+from .tasks import run_tasks
+from .text import Dataset, datasets, passages_of, sequences_of
+from .variants import LINEAR_OFF, STUDENT, TEACHER, VARIANTS, Models
 
 
 @torch.no_grad()
@@ -37,114 +38,110 @@ def evaluate(
     batch_size: int = 8,
     recall_passages: int = 64,
     recall_length: int = 256,
-    branches: bool = True,
+    branches: bool | Sequence[str] = (LINEAR_OFF,),
+    retrieval_contexts: str | Sequence[int] = (),
+    retrieval_items: int = 32,
+    agreement_prompts: int = 0,
+    tasks: str | Sequence[str | Task] = (),
+    task_items: int = 300,
     device: str | torch.device | None = None,
     progress: bool = False,
+    teacher_figures: dict[Any, Any] | None = None,
 ) -> dict[str, Any]:
-    """Perplexity, divergence from the teacher, and recall, as plain data for `--json`.
+    """How near a student is to its teacher, as plain data for `--json`.
 
     Perplexity: the first `sequences` x `context` tokens of each data set, documents joined by the end token,
     all tokens of a sequence but its first being predicted. KL: KL(teacher || student), nats a token, over all
-    of these positions. Recall: the first `recall_passages` passages of `recall_length` tokens of the first
-    data set, each fed twice back to back; the mean loss, nats a token, on the second copy. With several data
-    sets (or files) perplexities and ratios are geometric means, KL is the mean over tokens. `linear_off` is
-    the same for the student with its window and sinks alone, None where it has no window.
+    of these positions. `by_position`: the mean loss, nats a token, by how many tokens came before. Recall: the
+    first `recall_passages` passages of `recall_length` tokens of the first data set, each fed twice back to
+    back; the mean loss, nats a token, on the second copy. With several data sets (or files) perplexities and
+    ratios are geometric means, the others means over tokens.
+
+    `linear_off`, `window_off` and `window_alone` are the same for the student with one branch off and for the
+    teacher under the student's window alone (see variants.py), None where there is no such thing.
+
+    `retrieval`: the share of facts found again, by context length (see retrieval.py). `agreement`: greedy
+    continuations beside the teacher's, None without one. `tasks`: by name (see tasks.py).
+
+    `kv_bytes_per_token`, `kv_share` of the teacher's, and `state_bytes` are what a sequence costs.
 
     The models keep their dtypes; log-softmax is fp32, sums are fp64.
 
     Args:
         dataset: a DATASET, several, or a mapping from names to DATASETs or rows; by default the demo's
             held-out text.
-        branches: whether to evaluate with the linear branch off, too.
+        branches: the student's variants to evaluate, too, each at the price of one more pass; True for all three.
+        retrieval_contexts: lengths in tokens; `retrieval_items` questions at each.
+        agreement_prompts: passages whose first 64 tokens are continued by 32.
+        tasks: files or names, see task_files.py; at most `task_items` of each.
         device: the models are moved there; by default they stay, each where it is.
+        teacher_figures: given again with the same teacher and options, saves what it holds of the teacher.
 
     Raises:
         UserError: vocabularies that differ, too little text for one sequence, losses that are not finite, and
-            what `data.load_rows` raises.
+            what `data.load_rows` and `read_tasks` raise.
         UsageError: a number out of range.
     """
-    _check(student, teacher, context, sequences, batch_size, recall_passages, recall_length)
+    _check(context, sequences, batch_size, recall_passages, recall_length, retrieval_items, agreement_prompts)
+    _check_vocabularies(student, teacher)
+    lengths = parse_contexts(retrieval_contexts)
+    wanted_tasks = read_tasks(tasks, task_items)
     started = time.monotonic()
     wanted = max(sequences * context, recall_passages * recall_length)
     texts = [
-        (name, read_tokens(data, tokenizer, tokens=wanted, text_field=text_field)) for name, data in _datasets(dataset)
+        (name, read_tokens(data, tokenizer, tokens=wanted, text_field=text_field)) for name, data in datasets(dataset)
     ]
-    rows = [_rows(name, ids, context, sequences, student.config.vocab_size) for name, ids in texts]
-    passages = _passages(texts[0][1], recall_passages, recall_length)
+    rows = [sequences_of(name, ids, context, sequences, student.config.vocab_size) for name, ids in texts]
+    passages = passages_of(texts[0][1], recall_passages, recall_length)
+    pair = {STUDENT: student} | ({} if teacher is None else {TEACHER: teacher})
+    held = {} if teacher_figures is None else teacher_figures
+
+    def known(key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        if key not in held:
+            held[key] = compute()
+        return held[key]
+
     with _evaluating(student, teacher):
-        for model in (student, teacher):
-            if model is not None and device is not None:
+        if device is not None:
+            for model in pair.values():
                 model.to(device)
-        models = _Models.of(student, teacher, branches)
+        models = Models.of(student, teacher, branches=branches)
         batch_size = 1 if models.whole_logits else batch_size
-        batches = [part.split(batch_size) for part in rows]
-        repeated = passages.repeat(1, 2).split(batch_size) if len(passages) else ()
-        with tqdm(total=sum(map(len, batches)) + len(repeated), desc="evaluating", disable=not progress) as bar:
-            sums = [_perplexity(models, part, bar) for part in batches]
-            copies = _recall(models, repeated, recall_length, bar)
+        sums, copies = _losses(models, rows, passages, batch_size, progress)
+        found = retrieval(
+            pair, models.scorers, tokenizer, texts[0][1], lengths, retrieval_items,
+            tokens=batch_size * context, known=known, progress=progress,
+        )  # fmt: skip
+        agreed = _agreement(pair, prompts_of(texts[0][1], agreement_prompts), batch_size, known)
+        scores = run_tasks(
+            pair, models.scorers, tokenizer, wanted_tasks,
+            items=task_items, batch_size=batch_size, known=known, progress=progress,
+        )  # fmt: skip
     facts = [
         {"name": name, "tokens": part.numel(), "sequences": len(part)}
         for (name, _), part in zip(texts, rows, strict=True)
     ]
+    present = models.variants
     return {
-        **_report(models, STUDENT, sums, copies),
-        "linear_off": _report(models, OFF, sums, copies) if models.off is not None else None,
+        **report(STUDENT, models.teacher, sums, copies),
+        **{name: report(name, models.teacher, sums, copies) if name in present else None for name in VARIANTS},
+        **costs(student).to_dict(),
+        "by_position": by_position(sums, context, teacher=teacher is not None),
+        "retrieval": found,
+        "agreement": agreed,
+        "tasks": scores,
         "tokens": sum(fact["tokens"] for fact in facts),
         "context": context,
         "sequences": sum(fact["sequences"] for fact in facts),
         "recall_passages": len(passages),
         "recall_length": recall_length,
         "datasets": [
-            {**fact, **_figures(models, STUDENT, [part])}
-            | {"linear_off": _figures(models, OFF, [part]) if models.off is not None else None}
+            {**fact, **figures(STUDENT, models.teacher, [part])}
+            | {name: figures(name, models.teacher, [part]) if name in present else None for name in VARIANTS}
             for fact, part in zip(facts, sums, strict=True)
         ],
         "seconds": round(time.monotonic() - started, 1),
     }
-
-
-@dataclass(frozen=True)
-class _Models:
-    scorers: dict[str, Scorer]
-    off: Callable[[], AbstractContextManager[None]] | None
-
-    @classmethod
-    def of(cls, student: Any, teacher: Any, branches: bool) -> _Models:
-        scorers = {STUDENT: Scorer.of(student)}
-        if teacher is not None:
-            scorers[TEACHER] = Scorer.of(teacher)
-        return cls(scorers, _linear_off(student) if branches else None)
-
-    @property
-    def teacher(self) -> str | None:
-        return TEACHER if TEACHER in self.scorers else None
-
-    @property
-    def whole_logits(self) -> bool:
-        return any(scorer.whole_logits for scorer in self.scorers.values())
-
-    def states(self, ids: Tensor) -> dict[str, tuple[Scorer, Tensor]]:
-        """Each model run once on ids [B, T], the student with its linear branch off too: hidden states [B, T,
-        X]."""
-        found = {name: (scorer, scorer.run(ids)) for name, scorer in self.scorers.items()}
-        if self.off is not None:
-            with self.off():
-                found[OFF] = (self.scorers[STUDENT], self.scorers[STUDENT].run(ids))
-        return found
-
-
-def _linear_off(student: Any) -> Callable[[], AbstractContextManager[None]] | None:
-    """Turns the linear branch off; None for a model that has none, or of which nothing would be left."""
-    if not getattr(student, "mixer_layers", list)():
-        return None
-    from ..modeling.mixer import branch_off
-
-    try:
-        with branch_off(student, "linear"):
-            pass
-    except ValueError:  # a mixer without a window
-        return None
-    return lambda: branch_off(student, "linear")
 
 
 @contextmanager
@@ -160,16 +157,21 @@ def _evaluating(*models: Any) -> Iterator[None]:
             model.train(mode)
 
 
-def _check(student: Any, teacher: Any, context: int, sequences: int, batch_size: int, *recall: int) -> None:
+def _check(context: int, sequences: int, batch_size: int, passages: int, length: int, items: int, prompts: int) -> None:
     for flag, value, least in (
         ("--context", context, 2),
         ("--sequences", sequences, 1),
         ("--batch-size", batch_size, 1),
-        ("--recall-passages", recall[0], 0),
-        ("--recall-length", recall[1], 2),
+        ("--recall-passages", passages, 0),
+        ("--recall-length", length, 2),
+        ("--retrieval-items", items, 1),
+        ("--agreement-prompts", prompts, 0),
     ):
         if value < least:
             raise UsageError(f"{flag} must be at least {least}, got {value}")
+
+
+def _check_vocabularies(student: Any, teacher: Any) -> None:
     if teacher is not None and student.config.vocab_size != teacher.config.vocab_size:
         raise UserError(
             f"the vocabularies differ: the student's has {student.config.vocab_size} tokens, the teacher's "
@@ -177,93 +179,36 @@ def _check(student: Any, teacher: Any, context: int, sequences: int, batch_size:
         )
 
 
-def _datasets(dataset: Dataset) -> list[tuple[str, Any]]:
-    """Names and what to read, one for each file."""
-    if dataset is None:
-        if not HELD_OUT.is_file():
-            raise UsageError("--dataset is missing: name the text to evaluate on")
-        return [("demo held-out text", TextSource(str(HELD_OUT), (HELD_OUT,)))]
-    if isinstance(dataset, str):
-        return [(source.spec, source) for source in TextSource.parse(dataset).each()]
-    if isinstance(dataset, Mapping):
-        return list(dataset.items())
-    if all(isinstance(entry, str) for entry in dataset):
-        return [pair for entry in dataset for pair in _datasets(entry)]
-    return [("rows", dataset)]
-
-
-def _rows(name: str, ids: Tensor, context: int, sequences: int, vocab_size: int) -> Tensor:
-    """The first sequences of `ids` [T] that there are, at most `sequences`: [N, context]."""
-    count = min(len(ids) // context, sequences)
-    if count == 0:
-        raise UserError(
-            f"--dataset: {name} holds {len(ids)} tokens, fewer than one sequence of --context {context}: "
-            "lower --context, or give more text"
-        )
-    if int(ids.max()) >= vocab_size:
-        raise UserError(
-            f"the tokenizer gives token {int(ids.max())}, the models' vocabulary ends at {vocab_size - 1}: "
-            "it belongs to another model"
-        )
-    return ids[: count * context].reshape(count, context)
-
-
-def _passages(ids: Tensor, passages: int, length: int) -> Tensor:
-    count = min(len(ids) // length, passages)
-    return ids[: count * length].reshape(count, length)
-
-
-def _perplexity(models: _Models, batches: Sequence[Tensor], bar: Any) -> Sums:
-    sums = Sums()
-    for ids in batches:
-        add_batch(sums, ids, models.states(ids), teacher=models.teacher)
-        bar.update()
-    return sums
-
-
-def _recall(models: _Models, batches: Sequence[Tensor], length: int, bar: Any) -> tuple[Sums, Sums] | None:
-    """Losses on the first copies, and on all tokens of the second."""
+def _losses(
+    models: Models, rows: Sequence[Tensor], passages: Tensor, batch_size: int, progress: bool
+) -> tuple[list[Sums], Copies | None]:
+    """Sums over each data set's rows [N, T]; and, where there are passages [N, L], over the first copies and all tokens
+    of the second."""
+    batches = [part.split(batch_size) for part in rows]
+    repeated = passages.repeat(1, 2).split(batch_size) if len(passages) else ()
+    length = passages.shape[1]
     first, second = Sums(), Sums()
-    for ids in batches:
-        states = models.states(ids)
-        add_batch(first, ids, states, first=1, last=length)
-        add_batch(second, ids, states, first=length, last=2 * length)
-        bar.update()
-    return (first, second) if batches else None
+    with tqdm(total=sum(map(len, batches)) + len(repeated), desc="evaluating", disable=not progress) as bar:
+        sums = [Sums() for _ in batches]
+        for part, batch in zip(sums, batches, strict=True):
+            for ids in batch:
+                add_batch(part, ids, models.states(ids), teacher=models.teacher)
+                bar.update()
+        for ids in repeated:
+            states = models.states(ids)
+            add_batch(first, ids, states, first=1, last=length)
+            add_batch(second, ids, states, first=length, last=2 * length)
+            bar.update()
+    return sums, (first, second) if len(repeated) else None
 
 
-def _report(models: _Models, name: str, sums: Sequence[Sums], copies: tuple[Sums, Sums] | None) -> dict[str, Any]:
-    """Perplexity, KL and recall of the student, its linear branch on or off, beside the teacher's."""
-    recall = [
-        {
-            role: copy.mean_nll(key) if copy is not None and key is not None else None
-            for role, key in ((STUDENT, name), (TEACHER, models.teacher))
-        }
-        for copy in (copies or (None, None))
-    ]
-    return {**_figures(models, name, sums), "recall": {**recall[1], "first_copy": recall[0]}}
+def _agreement(
+    pair: dict[str, Any], prompts: Tensor, batch_size: int, known: Callable[..., Any]
+) -> dict[str, Any] | None:
+    if TEACHER not in pair or not len(prompts):
+        return None
 
+    def greedy(role: str) -> Tensor:
+        return continuations(pair[role], prompts, NEW_TOKENS, batch_size)
 
-def _figures(models: _Models, name: str, sums: Sequence[Sums]) -> dict[str, Any]:
-    """Perplexities (their geometric means over data sets) and KL (the mean over tokens)."""
-    logs = {key: _mean_log(sums, key) for key in (name, models.teacher) if key is not None}
-    for key, log in logs.items():
-        if not math.isfinite(log):
-            raise UserError(
-                f"the loss of the {'teacher' if key == TEACHER else 'student'} is {log}: its weights are "
-                "broken, "
-                "or its dtype overflows; try --dtype float32"
-            )
-    teacher = logs.get(TEACHER)
-    return {
-        "perplexity": {
-            "student": math.exp(logs[name]),
-            "teacher": None if teacher is None else math.exp(teacher),
-            "ratio": None if teacher is None else math.exp(logs[name] - teacher),
-        },
-        "kl": None if teacher is None else sum(part.kl[name] for part in sums) / sum(p.positions for p in sums),
-    }
-
-
-def _mean_log(sums: Sequence[Sums], name: str) -> float:
-    return sum(part.mean_nll(name) for part in sums) / len(sums)
+    return agreement(greedy(STUDENT), known(("agreement",), lambda: greedy(TEACHER)))

@@ -50,7 +50,7 @@ def generate_text(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
-            eos_token_id=_end_tokens(model, tokenizer),
+            eos_token_id=end_tokens(model, tokenizer),
             pad_token_id=pad,
             streamer=None if stream is None else _Stream(tokenizer, stream),
             **options,
@@ -88,7 +88,7 @@ def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     return torch.tensor([ids])
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
+def end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
     """Those of the model's generation config, and the tokenizer's: either may be the one that it was taught."""
     known = getattr(model.generation_config, "eos_token_id", None)
     ends = [known] if isinstance(known, int) else list(known or [])

@@ -71,10 +71,12 @@ def _same(short: Callable[[], Tensor], logits: Tensor) -> bool:
 
 @dataclass
 class Sums:
-    """Losses and divergences added up, in nats."""
+    """Losses and divergences added up, in nats; `places` has the losses by their target's position, fp64 [T]."""
 
     nll: dict[str, float] = field(default_factory=dict)
     kl: dict[str, float] = field(default_factory=dict)
+    places: dict[str, Tensor] = field(default_factory=dict)
+    rows: int = 0
     targets: int = 0
     positions: int = 0
 
@@ -101,6 +103,7 @@ def add_batch(
     """
     length = ids.shape[1]
     last = length if last is None else last
+    sums.rows += ids.shape[0]
     sums.targets += ids.shape[0] * (last - first)
     sums.positions += ids.numel() if teacher is not None else 0
     # Position t predicts token t + 1; without a teacher nothing is asked of the others.
@@ -116,7 +119,11 @@ def add_batch(
                 if target_start < target_stop:
                     targets = ids[row, target_start + 1 : target_stop + 1].to(log.device)
                     picked = log[target_start - start : target_stop - start].gather(1, targets[:, None])
-                    sums.nll[name] = sums.nll.get(name, 0.0) - float(picked.double().sum())
+                    losses = -picked[:, 0].double().cpu()
+                    sums.nll[name] = sums.nll.get(name, 0.0) + float(losses.sum())
+                    if name not in sums.places:
+                        sums.places[name] = torch.zeros(length, dtype=torch.float64)
+                    sums.places[name][target_start + 1 : target_stop + 1] += losses
                 if name == teacher:
                     logs[name] = log
                 elif teacher is not None:

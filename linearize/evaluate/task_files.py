@@ -1,0 +1,133 @@
+"""Tasks in local files: what a line must hold, and which kind of task it makes.
+
+{"context": ..., "question": ..., "answers": [...]}   an answer is to be generated
+{"context": ..., "choices": [...], "gold": 0}         the likeliest choice is to be the right one
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+ANSWERS, CHOICES, HARNESS = "answers", "choices", "lm-eval"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task by name. `rows` are its items, none for one of lm-eval's own."""
+
+    name: str
+    kind: str
+    rows: list[dict[str, Any]]
+
+
+def read_tasks(specs: str | Sequence[str | Task], items: int) -> list[Task]:
+    """The first `items` lines of each local file, and the names that are lm-eval's to know.
+
+    Args:
+        specs: as of `--tasks`: one text with commas, or several; a task that was read before stays as it is.
+
+    Raises:
+        UsageError: `items` out of range. UserError: a missing or damaged file, a line that is no item of either kind
+            or not of the file's, two tasks of one name; a name that is no file, and lm-eval is not installed.
+    """
+    if items < 1:
+        raise UsageError(f"--task-items must be at least 1, got {items}")
+    if isinstance(specs, str):
+        specs = [specs]
+    tasks: list[Task] = []
+    for spec in specs:
+        if isinstance(spec, Task):
+            tasks.append(spec)
+        else:
+            tasks += [_task(part.strip(), items) for part in spec.split(",") if part.strip()]
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--tasks: two tasks are named {name}; rename one of the files")
+    return tasks
+
+
+def _task(part: str, items: int) -> Task:
+    file = Path(part).expanduser()
+    if file.is_file():
+        if not part.endswith(SUFFIXES):
+            raise UserError(f"--tasks: {part} is of an unknown kind; there are {', '.join(SUFFIXES)}")
+        rows = _rows(file, items)
+        return Task(file.name.removesuffix(".gz").removesuffix(".jsonl"), _kind(rows[0]) or "", rows)
+    if file.is_dir() or part.endswith(SUFFIXES) or part.startswith((".", "/", "~")):
+        raise UserError(f"--tasks: there is no file {part}; check the path")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"--tasks: {part} is no local file, and tasks of the Hub need: pip install lm-eval")
+    return Task(part, HARNESS, [])
+
+
+def _rows(file: Path, items: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    try:
+        for number, row in _lines(file):
+            where = f"--tasks: {file}:{number}"
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: a JSON object is needed on each line, not {type(row).__name__}")
+            kind = _kind(row)
+            if kind is None or (rows and kind != _kind(rows[0])):
+                raise UserError(
+                    f"{where} has the fields {', '.join(row) or 'none'}; an item has context, question and answers, "
+                    "or context, choices and gold, the same on each line"
+                )
+            if not _sound(row, kind):
+                raise UserError(
+                    f"{where}: context and question are texts, answers and choices lists of texts, and gold is the "
+                    "number of one of the choices, from 0"
+                )
+            rows.append(row)
+            if len(rows) == items:
+                break
+    except UnicodeDecodeError as error:
+        raise UserError(f"--tasks: {file} is not UTF-8 text: {error}") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"--tasks: {file} is truncated or no gzip file ({error}); download it again") from error
+    except OSError as error:
+        raise UserError(f"--tasks: {file} cannot be read: {error}") from error
+    if not rows:
+        raise UserError(f"--tasks: {file} is empty: it has no items")
+    return rows
+
+
+def _lines(file: Path) -> Iterator[tuple[int, Any]]:
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"--tasks: {file}:{number}: not a JSON object ({error}); repair it") from error
+                yield number, row
+
+
+def _kind(row: dict[str, Any]) -> str | None:
+    for kind, fields in ((ANSWERS, {"context", "question", "answers"}), (CHOICES, {"context", "choices", "gold"})):
+        if fields <= set(row):
+            return kind
+    return None
+
+
+def _sound(row: dict[str, Any], kind: str) -> bool:
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(isinstance(text, str) and text for text in value)
+
+    if not isinstance(row["context"], str):
+        return False
+    if kind == ANSWERS:
+        return isinstance(row["question"], str) and texts(row["answers"])
+    gold = row["gold"]
+    return texts(row["choices"]) and type(gold) is int and 0 <= gold < len(row["choices"])
