@@ -29,8 +29,8 @@ from linearize.bench.record import header
 from linearize.convert import convert
 from linearize.data import pack
 from linearize.distill import distill
+from linearize.distill.layer_pass import attention_pairs, transfer_pass
 from linearize.distill.stages import compiled_mixers
-from linearize.distill.transfer import attention_pairs, transfer_pass
 from linearize.source import ModelSource, load_model, load_tokenizer
 
 KERNELS = "LINEARIZE_KERNELS"

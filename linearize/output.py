@@ -72,7 +72,7 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         check_new(path, overwrite=overwrite)  # someone else may have been quicker
-        _put_in_place(partial, path)
+        put_in_place(partial, path)
     except UserError:
         raise
     except Exception as error:
@@ -115,7 +115,7 @@ def _nearest(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if os.path.lexists(parent))
 
 
-def _put_in_place(partial: Path, path: Path) -> None:
+def put_in_place(partial: Path, path: Path) -> None:
     """Renames `partial` to `path`, replacing a folder there; a failure leaves the old folder in place."""
     if not os.path.lexists(path):
         partial.rename(path)

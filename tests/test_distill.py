@@ -28,10 +28,10 @@ from linearize.distill import (
     training_memory,
     work,
 )
+from linearize.distill.layer_pass import attention_pairs, transfer_pass
 from linearize.distill.losses import head_losses, transfer_loss
 from linearize.distill.parameters import optimizer_groups
 from linearize.distill.trainer import StageTrainer
-from linearize.distill.transfer import attention_pairs, transfer_pass
 from linearize.errors import UsageError, UserError
 
 LENGTH = 24
@@ -376,7 +376,7 @@ def test_logits_on_a_part_of_the_parameters(teacher, what) -> None:
     before = weights(student)
     options = logit_options(tokens=4 * LENGTH * 10, learning_rate=5e-3, **what)
     log = distill(student, teacher, rows(), stage="logits", logits=options).distillation[0].log
-    assert log[-1]["loss"] < log[0]["loss"]
+    assert log[-1]["loss"] < (log[0]["loss"] + log[1]["loss"]) / 2  # the steps' batches differ
     after = weights(student)
     assert after.keys() == before.keys()  # LoRA is merged
     changed = {name for name in after if not torch.equal(before[name], after[name])}

@@ -23,22 +23,72 @@ def packed(
     isolate: bool,
     text_field: str,
 ) -> Dataset[Item]:
-    """A map-style data set of `{"input_ids", "labels"(, "position_ids")}`, [L] each, from a spec's text."""
+    """A map-style data set of `{"input_ids", "labels"(, "position_ids")}`, [L] each, from a spec's text.
+
+    With `skip_tokens` it begins that many tokens later, in the same order: what a stage before has had is not repeated
+    while there is other text. Raises UserError where nothing is left.
+    """
     if not isinstance(dataset, str):
-        return dataset
+        return _after(dataset, options)
     from ..data import pack
 
     if tokenizer is None:
         raise UserError(f"packing {dataset} needs a tokenizer: pass tokenizer=, or a data set that is packed already")
-    return pack(
+    skipped = -(-options.skip_tokens // options.max_length) * options.max_length
+    whole = pack(
         dataset,
         tokenizer,
         length=options.max_length,
-        tokens=options.tokens,
+        tokens=None if options.tokens is None else options.tokens + skipped,
         seed=options.seed,
         isolate=isolate,
         text_field=text_field,
     )
+    return _after(whole, options)
+
+
+def _after(dataset: Dataset[Item], options: TrainOptions) -> Dataset[Item]:
+    if not options.skip_tokens:
+        return dataset
+    count = length_of(dataset)
+    first = -(-options.skip_tokens // dataset[0]["input_ids"].numel())
+    if first >= count:
+        raise UserError(f"--skip-tokens {options.skip_tokens} leaves nothing of the data set: give more text")
+    return Subset(dataset, range(first, count))
+
+
+class Repeated(Dataset[Item]):
+    """`dataset` with a share of its sequences, drawn from the seed, made of one passage twice.
+
+    The second half of such a sequence is its first half again, as part of one document: what follows can be told from
+    what was read. A token that is left over at an odd length stays.
+    """
+
+    def __init__(self, dataset: Dataset[Item], share: float, seed: int) -> None:
+        self.dataset = dataset
+        count = length_of(dataset)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        self.chosen = set(order[: round(share * count)].tolist())
+
+    def __len__(self) -> int:
+        return length_of(self.dataset)
+
+    def __getitem__(self, index: int) -> Item:
+        item = self.dataset[index]
+        if index not in self.chosen:
+            return item
+        item = {name: value.clone() for name, value in item.items()}
+        half = item["input_ids"].numel() // 2
+        for name in ("input_ids", "labels"):
+            item[name][half : 2 * half] = item[name][:half]
+        if "position_ids" in item:
+            item["position_ids"] = torch.arange(item["input_ids"].numel())
+        return item
+
+
+def with_repeats(dataset: Dataset[Item], options: TrainOptions) -> Dataset[Item]:
+    """`dataset` as `options.repeats` has it."""
+    return Repeated(dataset, options.repeats, options.seed) if options.repeats else dataset
 
 
 def length_of(dataset: Dataset[Item]) -> int:

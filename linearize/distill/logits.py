@@ -36,7 +36,7 @@ class HeadTrainer(StageTrainer):
     """Loss: (1 - ce_weight) KL(teacher || student) + ce_weight cross-entropy, a mean over scored tokens.
 
     Scored are the tokens whose label is not -100, over all batches of a step together, so that accumulation
-    changes nothing. Without a teacher the loss is cross-entropy. Logs `kl` and `ce` where both are in it.
+    changes nothing. Without a teacher the loss is cross-entropy. Logs `kl` and `ce`, each where it is in the loss.
     """
 
     title = "logits"
@@ -79,6 +79,9 @@ class HeadTrainer(StageTrainer):
         count = num_items.clamp_min(1)
         loss = ((1 - self.ce_weight) * kl + self.ce_weight * ce) / count
         self.accelerator.backward(loss)
-        parts = {"kl": kl.detach() / count, "ce": ce.detach() / count}
-        both = 0 < self.ce_weight < 1
-        return loss.detach(), parts if both else {}
+        parts = {}
+        if self.ce_weight < 1:
+            parts["kl"] = kl.detach() / count
+        if self.ce_weight > 0:
+            parts["ce"] = ce.detach() / count
+        return loss.detach(), parts

@@ -16,15 +16,17 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 def lora_targets(student: Any, on: str) -> list[str]:
     """Full names of the linear layers that get LoRA.
 
-    `on`: "swapped", the projections of swapped attention; "attention", those of the kept softmax layers too;
-    "linear", every linear layer of the decoder (never a mixer's, never the head).
+    `on`: "swapped", the projections of swapped attention; "qkv", those without the output's; "attention", those of the
+    kept softmax layers too; "linear", every linear layer of the decoder (never a mixer's, never the head).
     """
     paths = [attention.path for _, attention in student.mixer_layers()]
     linear = [name for name, module in student.named_modules() if isinstance(module, nn.Linear)]
     head = student.get_output_embeddings()
     linear = [name for name in linear if ".mixer." not in name and student.get_submodule(name) is not head]
-    if on == "swapped":
+    if on in ("swapped", "qkv"):
         targets = [name for name in linear if name.rpartition(".")[0] in paths]
+        if on == "qkv":
+            targets = [name for name in targets if not name.endswith(".o_proj")]
     elif on == "attention":
         # kept layers sit at the same path under another number
         shapes = {re.sub(r"\.\d+\.", ".#.", path) for path in paths}

@@ -21,18 +21,32 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def transfer_loss(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The error of an attention layer's output in units of the teacher's energy: |s - t|^2 / |t|^2, a scalar.
+def relative_loss(student: Tensor, teacher: Tensor, unit: Tensor, valid: Tensor | None = None) -> Tensor:
+    """|s - t|^2 / |u|^2, a scalar, from [B, T, D] each; `valid` [B, T] bool leaves padding out of both sums."""
+    if valid is not None:
+        student, teacher, unit = student[valid], teacher[valid], unit[valid]
+    energy = widened(unit).square().sum()
+    error = (widened(student) - widened(teacher)).square().sum()
+    return error / energy.clamp_min(torch.finfo(energy.dtype).tiny)
 
-    `student`, `teacher` [B, T, D]; `valid` [B, T] bool leaves padding out of both sums. The unit makes layers
+
+def transfer_loss(student: Tensor, teacher: Tensor, valid: Tensor | None = None, kind: str = "relative") -> Tensor:
+    """The error of an attention layer's output, a scalar: see `TransferOptions` for the kinds.
+
+    `student`, `teacher` [B, T, D]; `valid` [B, T] bool leaves padding out. The unit of "relative" makes layers
     comparable: late layers have far larger outputs and would own a plain sum of squares.
     """
+    if kind == "relative":
+        return relative_loss(student, teacher, teacher, valid)
     if valid is not None:
         student, teacher = student[valid], teacher[valid]
-    teacher = widened(teacher)
-    energy = teacher.square().sum()
-    error = (widened(student) - teacher).square().sum()
-    return error / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+    error = widened(student) - widened(teacher)
+    if kind == "mse":
+        return error.square().mean()
+    assert kind == "l2", kind
+    # a norm has no gradient at 0, where a layer is its teacher already
+    tiny = torch.finfo(error.dtype).tiny
+    return error.square().mean(-1).clamp_min(tiny).sqrt().mean()
 
 
 def next_token_labels(labels: Tensor) -> Tensor:

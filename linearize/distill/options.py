@@ -14,9 +14,12 @@ from ..errors import UsageError
 
 PRECISIONS = ("auto", "fp32", "bf16")
 SCHEDULES = ("cosine", "linear", "constant")
-STAGES = ("transfer", "logits", "all")
-TRAINABLE = ("all", "new")
-LORA_ON = ("swapped", "attention", "linear")
+LOSSES = ("relative", "mse", "l2")
+TRAINABLE = ("all", "new", "attention", "all_but_mlp")
+LORA_ON = ("qkv", "swapped", "attention", "linear")
+_LORA_ON_HELP = (
+    "Projections that get LoRA: qkv or all (swapped) of swapped attention, of every attention, or every linear layer."
+)
 
 
 def flag(name: str) -> str:
@@ -74,6 +77,10 @@ class TrainOptions:
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm; 0 never clips.")
     warmup: float = _option(0.05, "Share of the steps over which the learning rate rises.")
     schedule: str = _option("cosine", "How the learning rate falls after the warmup: cosine, linear, constant.")
+    min_learning_rate: float = _option(0.0, "Where a cosine ends.")
+    window_dropout: float = _option(0.0, "Share of the steps whose windows are off, so that the linear branch learns.")
+    repeats: float = _option(0.0, "Share of the sequences whose second half repeats the first: it teaches recall.")
+    skip_tokens: int = _option(0, "Tokens of the data to pass over: those that an earlier stage has had.")
     seed: int = _option(0, "Seed of the order of the data and of everything drawn at random.")
     precision: str = _option("auto", "auto, fp32 or bf16 (autocast); trained parameters are fp32 always.")
     device: str | None = _option(None, "cpu, or the accelerator that is there (default).")
@@ -83,10 +90,15 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         _positive(self, "tokens", "batch_size", "gradient_accumulation", "learning_rate", "save_steps", "log_steps")
-        _not_negative(self, "weight_decay", "max_grad_norm", "seed")
-        _fraction(self, "warmup", "beta1", "beta2")
+        _not_negative(self, "weight_decay", "max_grad_norm", "seed", "min_learning_rate", "skip_tokens")
+        _fraction(self, "warmup", "beta1", "beta2", "window_dropout", "repeats")
         _one_of(self, "precision", PRECISIONS)
         _one_of(self, "schedule", SCHEDULES)
+        if self.min_learning_rate and (self.schedule != "cosine" or self.min_learning_rate > self.learning_rate):
+            raise UsageError(
+                f"--min-learning-rate {self.min_learning_rate} is where a cosine ends: it needs --schedule cosine and "
+                f"a --learning-rate above it, got {self.schedule} and {self.learning_rate}"
+            )
         if self.max_length < 2:
             raise UsageError(f"--max-length must be at least 2, got {self.max_length}")
         for pattern, scale in self.lr_scale.items():
@@ -104,9 +116,47 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TransferOptions(TrainOptions):
-    """Attention transfer: only the new parameters train, each layer on its own (LoLCATs, 2410.10254)."""
+    """Attention transfer: each layer on its own, by default only its new parameters (LoLCATs, 2410.10254).
+
+    Losses: `relative`, squared error in units of the teacher's energy; `mse`, its mean over tokens and channels
+    (LoLCATs scales it by 1000); `l2`, the norm of a token's error times d^-1/2, a mean over tokens (RADLADS,
+    2505.03005).
+    """
 
     learning_rate: float = _option(1e-2, "Peak learning rate (AdamW).")
+    loss: str = _option("relative", "Error of a layer's attention output: relative, mse, l2.")
+    loss_scale: float = _option(1.0, "Multiplies the loss.")
+    train: str = _option("new", "Parameters that train: the new ones, or all of swapped attention.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "loss_scale")
+        _one_of(self, "loss", LOSSES)
+        _one_of(self, "train", ("new", "attention"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingOptions(TrainOptions):
+    """The matrix of attention weights, each layer on its own (MOHAWK's first stage, 2408.10189)."""
+
+    learning_rate: float = _option(1e-3, "Peak learning rate (AdamW).")
+    max_length: int = _option(256, "Tokens in one packed sequence: memory is quadratic in it.")
+    train: str = _option("new", "Parameters that train: the new ones, or all of swapped attention.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of(self, "train", ("new", "attention"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockOptions(TrainOptions):
+    """Outputs of whole decoder layers, each on its own (MOHAWK's second stage, 2408.10189)."""
+
+    train: str = _option("attention", "Parameters that train: new ones, swapped attention, or all of its layer.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of(self, "train", ("new", "attention", "all"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +167,7 @@ class _HeadOptions(TrainOptions):
     gradient_checkpointing: bool = _option(True, "Recompute activations in the backward pass.")
     lora_alpha: float | None = _option(None, "LoRA's scale numerator; by default twice the rank.")
     lora_dropout: float = _option(0.0, "Dropout on LoRA's input.")
-    lora_on: str = _option(
-        "swapped",
-        "Projections that get LoRA: those of swapped attention, of every attention, or every linear layer.",
-    )
+    lora_on: str = _option("swapped", _LORA_ON_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,23 +178,33 @@ class _HeadOptions(TrainOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LogitOptions(_HeadOptions):
-    """Logit distillation: forward KL from the teacher, on all parameters, on the new ones, or on LoRA."""
+    """Logit distillation: forward KL from the teacher, on all parameters, on some of them, or on LoRA.
+
+    `active` is the stepwise replacement of Mamba-in-Llama (2408.15237).
+    """
 
     learning_rate: float = _option(2e-4, "Peak learning rate (AdamW).")
     temperature: float = _option(1.0, "Both distributions are softened by it; the loss is scaled by its square.")
     ce_weight: float = _option(0.0, "Share of cross-entropy on the labels in the loss; the rest is KL.")
-    train: str = _option("all", "Parameters that train without --lora-rank: all, or only the new ones.")
+    train: str = _option("all", "Parameters that train without --lora-rank: all, new, attention, all_but_mlp.")
     lora_rank: int | None = _option(None, "Train LoRA of this rank (and the new parameters) instead; merged after.")
-    lora_on: str = _option(
-        "linear",
-        "Projections that get LoRA: those of swapped attention, of every attention, or every linear layer.",
+    lora_on: str = _option("linear", _LORA_ON_HELP)
+    active: str | None = _option(
+        None,
+        "Swapped layers that run their mixer, 0,2,4 or every:2; the others run the teacher's attention for this stage.",
     )
+
+    linear_branch: bool = _option(True, "Off: the windows alone learn, the control that says what the branch adds.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.linear_branch and self.window_dropout:
+            raise UsageError("--no-linear-branch with --window-dropout would leave nothing: choose one")
         _positive(self, "temperature", "lora_rank")
         _fraction(self, "ce_weight")
         _one_of(self, "train", TRAINABLE)
+        if self.active is not None and self.lora_rank is not None:
+            raise UsageError("--active goes without --lora-rank: LoRA would be laid over the teacher's own attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +220,15 @@ class FinetuneOptions(_HeadOptions):
         super().__post_init__()
         _positive(self, "lora_rank")
 
+
+# What `--stage` names, besides both of transfer and logits.
+KINDS: dict[str, type[TrainOptions]] = {
+    "transfer": TransferOptions,
+    "logits": LogitOptions,
+    "mixing": MixingOptions,
+    "blocks": BlockOptions,
+}
+STAGES = (*KINDS, "all")
 
 Options = TypeVar("Options", bound=TrainOptions)
 

@@ -21,6 +21,43 @@ def is_new(name: str) -> bool:
     return ".mixer." in name
 
 
+def trainable_names(student: Any, train: str) -> set[str]:
+    """Names of the parameters that `--train` means.
+
+    "all"; "new", what came with the conversion; "attention", all of the swapped attention modules; "all_but_mlp", all
+    but the decoder layers' MLPs (any child of a layer that has matrices and is not its attention); "layers", all of
+    the decoder layers whose attention is swapped.
+    """
+    names = {name for name, _ in student.named_parameters()}
+    paths = [attention.path for _, attention in student.mixer_layers()]
+    if train == "new":
+        return {name for name in names if is_new(name)}
+    if train == "attention":
+        return _under(names, paths)
+    if train == "layers":
+        return _under(names, [layer_path(path) for path in paths])
+    if train == "all_but_mlp" and paths:
+        stack, leaf = layer_path(paths[0]).rpartition(".")[0], paths[0].rpartition(".")[2]
+        mlps = [
+            f"{stack}.{index}.{child}"
+            for index, layer in student.get_submodule(stack).named_children()
+            for child, module in layer.named_children()
+            if child != leaf and any(parameter.ndim > 1 for parameter in module.parameters())
+        ]
+        return names - _under(names, mlps)
+    return names
+
+
+def layer_path(attention_path: str) -> str:
+    """The decoder layer that holds an attention module."""
+    return attention_path.rpartition(".")[0]
+
+
+def _under(names: set[str], paths: list[str]) -> set[str]:
+    starts = tuple(path + "." for path in paths)
+    return {name for name in names if name.startswith(starts)}
+
+
 @contextmanager
 def training_only(model: nn.Module, names: set[str]) -> Iterator[None]:
     """Inside, only parameters of these names train, in fp32; after, flags, dtypes and mode are as before.
@@ -47,16 +84,21 @@ def training_only(model: nn.Module, names: set[str]) -> Iterator[None]:
 
 @contextmanager
 def cache_setting_kept(config: Any) -> Iterator[None]:
-    """The Trainer sets `config.use_cache` to False; a saved student must not carry that."""
+    """The Trainer sets `config.use_cache` to False; a saved student must not carry that.
+
+    A converted model's config hands the setting on to the teacher's, which it holds.
+    """
     missing = object()
-    before = vars(config).get("use_cache", missing)
+    configs = [each for each in (config, getattr(config, "parent_config", None)) if each is not None]
+    before = [vars(each).get("use_cache", missing) for each in configs]
     try:
         yield
     finally:
-        if before is missing:
-            vars(config).pop("use_cache", None)
-        else:
-            config.use_cache = before
+        for each, value in zip(configs, before, strict=True):
+            if value is missing:
+                vars(each).pop("use_cache", None)
+            else:
+                vars(each)["use_cache"] = value
 
 
 def optimizer_groups(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:

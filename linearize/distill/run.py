@@ -15,15 +15,18 @@ from ..output import check_new, new_folder
 from ..rows import TextSource
 from .feed import packed, split
 from .options import (
+    KINDS,
     STAGES,
+    BlockOptions,
     FinetuneOptions,
     LogitOptions,
+    MixingOptions,
     TrainOptions,
     TransferOptions,
     check_overrides,
     with_overrides,
 )
-from .work import LOG_FILE, Place
+from .work import LOG_FILE, Place, RecipeStage
 
 if TYPE_CHECKING:  # stages imports transformers' Trainer, which takes a second: each verb does when it trains
     from torch.utils.data import Dataset
@@ -32,6 +35,8 @@ if TYPE_CHECKING:  # stages imports transformers' Trainer, which takes a second:
     from .stages import StageResult
 
 TRANSFER_SHARE = 1 / 3
+# What the conversion measured travels on beside the weights.
+_MEASURED = ("keep_scores.json", "keep_scores.png", "calibration.json", "calibration.png")
 
 
 def distill(
@@ -44,6 +49,8 @@ def distill(
     output: str | Path | None = None,
     transfer: TransferOptions | None = None,
     logits: LogitOptions | None = None,
+    mixing: MixingOptions | None = None,
+    blocks: BlockOptions | None = None,
     resume: bool = False,
     overwrite: bool = False,
     work_dir: str | Path | None = None,
@@ -51,6 +58,7 @@ def distill(
     text_field: str = "text",
     command: list[str] | str = "linearize.distill",
     dtype: Any = None,
+    recipe: RecipeStage | None = None,
     **options: Any,
 ) -> Any:
     """Brings a converted student near its teacher; trains `student` in place and returns it.
@@ -61,13 +69,16 @@ def distill(
             folder or a `ModelSource`.
         dataset: `name[:config[:split]]` on the Hub, local files, or a data set packed already (`data.pack`).
         tokenizer: packs the text and travels with `output`; by default the student folder's.
-        stage: "transfer" (new parameters, layer by layer), "logits" (KL), or "all": a third of the tokens for
-            transfer, the rest for logits, on different text.
+        stage: "transfer" (attention outputs, layer by layer), "logits" (KL), "mixing" (attention weights), "blocks"
+            (decoder layers' outputs), or "all": a third of the tokens for transfer, the rest for logits, on different
+            text.
         output: folder to write. Checkpoints go beside it, to `OUTPUT.work` or `work_dir`, until it is whole.
-        transfer, logits: a stage's options; `options` overrides fields of both (`batch_size=4`).
+        transfer, logits, mixing, blocks: a stage's options; `options` overrides fields of those that run
+            (`batch_size=4`).
         resume: go on from the last checkpoint; the loss trace is the one of a run that never stopped.
         isolate: documents do not see each other, though packed together.
         dtype: of the models that are loaded here, as stored by default; one that is in memory stays as it is.
+        recipe: the stage of a recipe that this is.
 
     Returns:
         The student, in evaluation mode; on `student.distillation` the list of `StageResult`.
@@ -78,44 +89,42 @@ def distill(
     """
     if stage not in STAGES:
         raise UsageError(f"--stage must be one of {', '.join(STAGES)}, got {stage!r}")
-    used: list[type[TrainOptions]] = [TransferOptions] if stage != "logits" else []
-    check_overrides(options, *used, *([LogitOptions] if stage != "transfer" else []))
-    budget = options.get("tokens")
     both = stage == "all"
+    kinds = ["transfer", "logits"] if both else [stage]
+    check_overrides(options, *(KINDS[kind] for kind in kinds))
     if both and "learning_rate" in options:
         raise UsageError(
             "--learning-rate with --stage all: the stages need rates 50 times apart; leave it out, or run "
             "--stage transfer and --stage logits one after the other"
         )
-    first = with_overrides(transfer or TransferOptions(), _share(options, budget, TRANSFER_SHARE, both))
-    second = with_overrides(logits or LogitOptions(), _share(options, budget, 1 - TRANSFER_SHARE, both))
+    given = {"transfer": transfer, "logits": logits, "mixing": mixing, "blocks": blocks}
+    shares = {"transfer": TRANSFER_SHARE, "logits": 1 - TRANSFER_SHARE} if both else {stage: 1.0}
+    chosen: dict[str, Any] = {}
+    for kind, share in shares.items():
+        overrides = _share(options, share)
+        if both and kind == "transfer":
+            overrides.pop("train", None)  # it is said of logits, whose choices are more
+        chosen[kind] = with_overrides(given[kind] or KINDS[kind](), overrides)
     output = _checked(output, overwrite)
-    place = _place(output, work_dir, resume, overwrite)
+    place = _place(output, work_dir, resume, overwrite, recipe)
     _check_spec(dataset)
-    device = chosen_device(first.device)
+    device = chosen_device(chosen[kinds[0]].device)
     student, tokenizer = _loaded_student(student, tokenizer, dtype, device)
     teacher = _loaded_teacher(teacher, dtype, device)
     from . import stages
 
-    def data(chosen: TransferOptions | LogitOptions) -> Dataset[Item]:
-        return packed(dataset, tokenizer, chosen, isolate=isolate, text_field=text_field)
+    def data(of: TrainOptions) -> Dataset[Item]:
+        return packed(dataset, tokenizer, of, isolate=isolate, text_field=text_field)
 
-    results: list[StageResult] = []
-    if stage == "all":
-        stages.check_pair(student, teacher, same_layers=True)
-        texts = _two_texts(dataset, data, first, second)
-        results.append(stages.transfer(student, teacher, texts[0], first, place))
-        results.append(stages.logits(student, teacher, texts[1], second, place))
-    elif stage == "transfer":
-        stages.check_pair(student, teacher, same_layers=True)
-        results.append(stages.transfer(student, teacher, data(first), first, place))
-    else:
-        stages.check_pair(student, teacher, same_layers=False)
-        results.append(stages.logits(student, teacher, data(second), second, place))
+    stages.check_pair(student, teacher, same_layers=stage != "logits")
+    texts = _two_texts(dataset, data, chosen["transfer"], chosen["logits"]) if both else [data(chosen[stage])]
+    results: list[StageResult] = [
+        getattr(stages, kind)(student, teacher, text, chosen[kind], place)
+        for kind, text in zip(kinds, texts, strict=True)
+    ]
     student.eval()
     student.distillation = results
     if output is not None:
-        chosen = {"transfer": first.record(), "logits": second.record()}
         _write(
             output,
             student,
@@ -123,12 +132,13 @@ def distill(
             tokenizer,
             results,
             overwrite=overwrite,
+            recipe=recipe,
             record={
                 "command": command,
                 "stage": stage,
                 "teacher": _name(teacher),
                 "dataset": _dataset_name(dataset),
-                "options": {name: record for name, record in chosen.items() if stage in (name, "all")},
+                "options": {kind: of.record() for kind, of in chosen.items()},
             },
         )
         _clear_work(place, work_dir)
@@ -149,6 +159,7 @@ def finetune(
     text_field: str = "text",
     command: list[str] | str = "linearize.finetune",
     dtype: Any = None,
+    recipe: RecipeStage | None = None,
     **options: Any,
 ) -> Any:
     """Adapts a converted student with LoRA and cross-entropy on the labels; arguments as in `distill`.
@@ -164,7 +175,7 @@ def finetune(
     check_overrides(options, FinetuneOptions)
     chosen = with_overrides(finetune or FinetuneOptions(), options)
     output = _checked(output, overwrite)
-    place = _place(output, work_dir, resume, overwrite)
+    place = _place(output, work_dir, resume, overwrite, recipe)
     _check_spec(dataset)
     student, tokenizer = _loaded_student(student, tokenizer, dtype, chosen_device(chosen.device))
     from . import stages
@@ -189,6 +200,7 @@ def finetune(
             tokenizer,
             [result],
             overwrite=overwrite,
+            recipe=recipe,
             record={
                 "command": command,
                 "stage": "finetune",
@@ -200,16 +212,17 @@ def finetune(
     return model
 
 
-def _share(options: Mapping[str, Any], budget: int | None, share: float, both: bool) -> dict[str, Any]:
-    """The overrides of one stage: of a budget for both, its share."""
-    if budget is None or not both or budget <= 0:
+def _share(options: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """The overrides of one stage: of a budget for all, its share."""
+    budget = options.get("tokens")
+    if budget is None or share == 1 or budget <= 0:
         return dict(options)
     return {**options, "tokens": max(round(budget * share), 1)}
 
 
 def _two_texts(
     dataset: str | Dataset[Item], data: Any, first: TransferOptions, second: LogitOptions
-) -> tuple[Dataset[Item], Dataset[Item]]:
+) -> list[Dataset[Item]]:
     """The text of transfer and of logits: two parts of one data set, so that neither repeats the other's."""
     if first.tokens is not None and second.tokens is not None:
         share = first.tokens / (first.tokens + second.tokens)
@@ -217,10 +230,8 @@ def _two_texts(
         share = TRANSFER_SHARE
     if not isinstance(dataset, str) or first.max_length == second.max_length:
         total = first.tokens + second.tokens if first.tokens and second.tokens else None
-        return split(data(with_overrides(first, {"tokens": total})), share)
-    return split(data(with_overrides(first, {"tokens": None})), share)[0], split(
-        data(with_overrides(second, {"tokens": None})), share
-    )[1]
+        return list(split(data(with_overrides(first, {"tokens": total})), share))
+    return [split(data(with_overrides(of, {"tokens": None})), share)[part] for part, of in enumerate((first, second))]
 
 
 def _checked(output: str | Path | None, overwrite: bool) -> Path | None:
@@ -253,13 +264,15 @@ def _loaded_teacher(teacher: Any, dtype: Any, device: str) -> Any:
     return load_model(teacher, dtype=dtype, device=device)
 
 
-def _place(output: Path | None, work_dir: str | Path | None, resume: bool, overwrite: bool) -> Place:
+def _place(
+    output: Path | None, work_dir: str | Path | None, resume: bool, overwrite: bool, recipe: RecipeStage | None
+) -> Place:
     folder = Path(work_dir) if work_dir is not None else None
     if folder is None and output is not None:
         folder = output.with_name(f"{output.name}.work")
     if resume and folder is None:
         raise UsageError("--resume needs an --output or a --work-dir to find the checkpoint in")
-    return Place(folder=folder, resume=resume, overwrite=overwrite and not resume)
+    return Place(folder=folder, resume=resume, overwrite=overwrite and not resume, recipe=recipe)
 
 
 def _clear_work(place: Place, work_dir: str | Path | None) -> None:
@@ -283,6 +296,7 @@ def _write(
     results: list[StageResult],
     *,
     overwrite: bool,
+    recipe: RecipeStage | None,
     record: dict[str, Any],
 ) -> None:
     facts = {
@@ -299,7 +313,10 @@ def _write(
             model.save_pretrained(folder, save_embedding_layers=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        with open(Path(folder) / LOG_FILE, "w") as file:
-            for result in results:
-                file.writelines(json.dumps(line) + "\n" for line in result.log)
-        provenance.write(folder, provenance.record(parent=parent, **record, **facts))
+        for source in (Path(parent) / name for name in _MEASURED if parent is not None):
+            if source.is_file():
+                shutil.copyfile(source, Path(folder) / source.name)
+        lines = [*(recipe.earlier if recipe else ()), *(line for result in results for line in result.log)]
+        (Path(folder) / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        more = dict(recipe.facts) if recipe else {}
+        provenance.write(folder, provenance.record(parent=parent, **record, **facts, **more))

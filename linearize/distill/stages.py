@@ -15,13 +15,17 @@ from torch.utils.data import Dataset
 from transformers import set_seed
 
 from ..errors import UsageError, UserError
-from .feed import Item, length_of, steps_for
+from .blocks import BlockTrainer
+from .feed import Item, length_of, steps_for, with_repeats
+from .layer_pass import attention_pairs
 from .logits import HeadTrainer, set_checkpointing
 from .lora import attach_lora, merged, unloaded
-from .options import FinetuneOptions, LogitOptions, TrainOptions, TransferOptions
-from .parameters import cache_setting_kept, check_pair, is_new, own_memory, training_only
+from .mixing import MixingTrainer, eager_attention
+from .options import BlockOptions, FinetuneOptions, LogitOptions, MixingOptions, TrainOptions, TransferOptions
+from .parameters import cache_setting_kept, check_pair, own_memory, trainable_names, training_only
+from .stepwise import teacher_attention
 from .trainer import StageTrainer
-from .transfer import TransferTrainer, attention_pairs
+from .transfer import TransferTrainer
 from .work import LOG_FILE, Place, open_work, start_hash
 
 
@@ -52,7 +56,13 @@ def _train(
     teacher: Any = None,
 ) -> StageResult:
     max_steps = steps_for(dataset, options)
-    stage = trainer_class.title
+    dataset = with_repeats(dataset, options)
+    stage = place.recipe.name if place.recipe else trainer_class.title
+    if any(not attention.mixer.window for _, attention in student.mixer_layers()):
+        if options.window_dropout:
+            raise UsageError("--window-dropout: the student has no windows to switch off; convert it with --window")
+        if not getattr(options, "linear_branch", True):
+            raise UsageError("--no-linear-branch: the student has no windows to learn alone; convert it with --window")
     run = {
         "stage": stage,
         "start": start,
@@ -82,6 +92,8 @@ def _train(
             max_steps=max_steps,
             save=place.folder is not None,
             teacher=teacher,
+            title=stage,
+            watch=place.recipe.watch if place.recipe else None,
         )
         try:
             trainer.run(checkpoint)
@@ -130,46 +142,86 @@ def _checkpointing(student: Any, enabled: bool) -> Iterator[None]:
 
 
 def transfer(student: Any, teacher: Any, dataset: Dataset[Item], options: TransferOptions, place: Place) -> StageResult:
-    """Attention transfer on the new parameters of `student`, in place.
+    """Attention transfer of `student`, in place.
 
-    UserError when there are none, UsageError for sequences that the windows cover whole.
+    UserError when nothing of it would train, UsageError for sequences that the windows cover whole.
     """
-    check_pair(student, teacher, same_layers=True)
-    attention_pairs(student, teacher)
-    window = min(attention.mixer.window for _, attention in student.mixer_layers())
+    _check_lengths(student, options)
+    return _layerwise(TransferTrainer, student, teacher, dataset, options, options.train, place)
+
+
+def mixing(student: Any, teacher: Any, dataset: Dataset[Item], options: MixingOptions, place: Place) -> StageResult:
+    """Mixing-matrix matching of `student`, in place. Raises as `transfer`."""
+    _check_lengths(student, options)
+    if options.compile:
+        raise UsageError("--compile: this stage reads the mixers' inner results, and a compiled one has none")
+    with eager_attention(teacher):
+        return _layerwise(MixingTrainer, student, teacher, dataset, options, options.train, place)
+
+
+def blocks(student: Any, teacher: Any, dataset: Dataset[Item], options: BlockOptions, place: Place) -> StageResult:
+    """Hidden-state alignment of `student`'s decoder layers, in place. Raises as `transfer`."""
+    _check_lengths(student, options)
+    train = "layers" if options.train == "all" else options.train
+    return _layerwise(BlockTrainer, student, teacher, dataset, options, train, place)
+
+
+def _check_lengths(student: Any, options: TrainOptions) -> None:
+    window = min((attention.mixer.window for _, attention in student.mixer_layers()), default=0)
     if window and options.max_length <= window:
         raise UsageError(
             f"--max-length {options.max_length} is no longer than the student's window of {window} tokens: the linear "
             "branch would see nothing to learn from; give longer sequences"
         )
-    names = {name for name, _ in student.named_parameters() if is_new(name)}
+
+
+def _layerwise(
+    trainer_class: type[StageTrainer],
+    student: Any,
+    teacher: Any,
+    dataset: Dataset[Item],
+    options: TrainOptions,
+    train: str,
+    place: Place,
+) -> StageResult:
+    check_pair(student, teacher, same_layers=True)
+    attention_pairs(student, teacher)
+    names = trainable_names(student, train)
     if not names:
         raise UserError(
-            "the student's mixers have no new parameters, so attention transfer has nothing to train: "
-            "use --stage logits"
+            f"the student's mixers have no new parameters, so attention {trainer_class.title} has nothing to train: "
+            "use --train attention or --stage logits"
         )
+    if train != "new":
+        own_memory(student, teacher)
     start = start_hash(student)
-    return _train(TransferTrainer, student, student, names, dataset, options, place, start, teacher)
+    return _train(trainer_class, student, student, names, dataset, options, place, start, teacher)
 
 
 def logits(student: Any, teacher: Any, dataset: Dataset[Item], options: LogitOptions, place: Place) -> StageResult:
     """Logit distillation of `student`, in place; LoRA is merged when the stage ends."""
-    check_pair(student, teacher, same_layers=False)
+    check_pair(student, teacher, same_layers=options.active is not None)
     own_memory(student, teacher)
+    aim = None if options.ce_weight == 1 else teacher  # cross-entropy alone asks no teacher
     start = start_hash(student)
     if options.lora_rank is not None:
         # LoRA first: peft, seeing checkpointing, would make the embeddings' outputs require gradients
         with _lora(student, options, options.lora_rank, mixers=True) as model:
             names = {name for name, p in model.named_parameters() if p.requires_grad}
             with _checkpointing(student, options.gradient_checkpointing):
-                result = _train(HeadTrainer, model, student, names, dataset, options, place, start, teacher)
+                result = _train(HeadTrainer, model, student, names, dataset, options, place, start, aim)
             _merge(model, student)
         return result
-    names = {name for name, _ in student.named_parameters() if options.train == "all" or is_new(name)}
-    if not names:
-        raise UserError("--train new: the student's mixers have no new parameters; use --train all or --lora-rank")
-    with _checkpointing(student, options.gradient_checkpointing):
-        return _train(HeadTrainer, student, student, names, dataset, options, place, start, teacher)
+    with teacher_attention(student, teacher, options.active) as inactive:
+        names = {
+            name
+            for name in trainable_names(student, options.train)
+            if not any(name.startswith(path + ".") for path in inactive)
+        }
+        if not names:
+            raise UserError("--train new: the student's mixers have no new parameters; use --train all or --lora-rank")
+        with _checkpointing(student, options.gradient_checkpointing):
+            return _train(HeadTrainer, student, student, names, dataset, options, place, start, aim)
 
 
 class FinetuneTrainer(HeadTrainer):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ..errors import UserError
+from ..modeling import branch_off
 from .feed import Item, Stack
+from .interrupt import EXIT_CODE, Interrupt
 from .options import TrainOptions
 from .parameters import HALF, optimizer_groups
+from .tally import Figure, Tally
 from .work import LOG_FILE, TRAINABLE_FILE, checkpoint_step, full_disk_said
 
 _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -33,13 +39,15 @@ def _arguments(options: TrainOptions, folder: Path, max_steps: int, save: bool) 
     if kind not in ("auto", "cpu", "cuda", "mps", "xpu") or index not in ("", "0"):
         raise UserError(f"--device {options.device}: name a kind (cpu, cuda); CUDA_VISIBLE_DEVICES chooses the card")
     on_cpu = kind == "cpu"
+    floor = options.min_learning_rate
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=max_steps,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,
         learning_rate=options.learning_rate,
-        lr_scheduler_type=_SCHEDULERS[options.schedule],
+        lr_scheduler_type="cosine_with_min_lr" if floor else _SCHEDULERS[options.schedule],
+        lr_scheduler_kwargs={"min_lr": floor} if floor else None,
         warmup_steps=round(options.warmup * max_steps),
         max_grad_norm=options.max_grad_norm,
         seed=options.seed,
@@ -48,6 +56,8 @@ def _arguments(options: TrainOptions, folder: Path, max_steps: int, save: bool) 
         save_steps=options.save_steps,
         save_total_limit=1,
         logging_steps=options.log_steps,
+        # what the stage starts from, before its first update
+        logging_first_step=True,
         # a NaN must be seen, not averaged away
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="all",
@@ -65,10 +75,10 @@ def _arguments(options: TrainOptions, folder: Path, max_steps: int, save: bool) 
 
 
 class _Pace(TrainerCallback):
-    """A bar on stderr; a line in the log wherever a checkpoint is, so that a resumed log is the same log."""
+    """A bar on stderr, a line in the log wherever a checkpoint is due, and a checkpoint and the end on SIGTERM."""
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    def __init__(self, title: str, interrupt: Interrupt) -> None:
+        self.title, self.interrupt = title, interrupt
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -85,6 +95,8 @@ class _Pace(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
+        if self.interrupt.asked:
+            control.should_save = control.should_training_stop = True
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
@@ -101,9 +113,10 @@ class StageTrainer(Trainer):
     """A stage gives `step_losses`; this class gives it the loop, the optimizer, the log and the checkpoints.
 
     `model` is what trains (its `requires_grad` parameters), `student` the converted model inside. `folder`
-    takes checkpoints every `options.save_steps` when `save`, and `loss.jsonl` always: a line each
-    `options.log_steps` with `stage`, `step`, `tokens`, `loss`, `lr` and the stage's own parts of the loss,
-    means over the steps since the last line.
+    takes checkpoints every `options.save_steps` when `save`, and `loss.jsonl` always: a line for the first step and
+    each `options.log_steps` with `stage`, `step`, `tokens`, `loss`, `lr` and the stage's own parts of the loss,
+    means over the steps since the last line. Steps without windows are apart in `loss_window_off` and the like: `loss`
+    is of all steps, a part of it of the others. `watch` is called with each line.
     """
 
     title = "train"
@@ -119,11 +132,17 @@ class StageTrainer(Trainer):
         max_steps: int,
         save: bool,
         teacher: Any = None,
+        title: str | None = None,
+        watch: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.options = options
         self.folder = folder
         self.student = student
-        self.pace = _Pace(self.title)
+        self.title = title or self.title
+        self.watch = watch
+        self.interrupt = Interrupt()
+        self.tally = Tally()
+        self.pace = _Pace(self.title, self.interrupt)
         super().__init__(
             model=model,
             args=_arguments(options, folder, max_steps, save),
@@ -136,8 +155,6 @@ class StageTrainer(Trainer):
         if teacher is not None:
             teacher.to(self.args.device)
         self.half = self._runs_in_half()
-        self._sums: dict[str, Tensor] = {}
-        self._last_line = 0
 
     # -- precision
 
@@ -166,12 +183,23 @@ class StageTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         model.train()
         inputs = self._prepare_inputs(inputs)
-        loss, parts = self.step_losses(inputs, num_items_in_batch)
-        for name, value in parts.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        without_window = self._is_without_window()
+        off = "window" if without_window else None if getattr(self.options, "linear_branch", True) else "linear"
+        with branch_off(self.student, off) if off else nullcontext():
+            loss, parts = self.step_losses(inputs, num_items_in_batch)
         if not math.isfinite(loss.item()):
             self.stop_not_finite(f"the loss is {loss.item()}{self.blame(parts)}")
+        figures: dict[str, Figure] = {name: value.tolist() for name, value in parts.items()}
+        if without_window:
+            figures = {f"{name}_window_off": value for name, value in {**figures, "loss": loss.item()}.items()}
+        self.tally.add(self.state.global_step, {"loss": loss.item(), **figures})
         return loss
+
+    def _is_without_window(self) -> bool:
+        """Drawn from the seed and the step alone, so that a resumed run draws the same; never the first step, whose
+        loss is that of the start."""
+        step = self.state.global_step
+        return step > 0 and random.Random(f"window {self.options.seed} {step}").random() < self.options.window_dropout
 
     def blame(self, parts: dict[str, Tensor]) -> str:
         """Where in the model a loss that is not finite comes from, if the stage can tell."""
@@ -203,17 +231,29 @@ class StageTrainer(Trainer):
         return self.optimizer
 
     def run(self, checkpoint: Path | None) -> None:
-        """Trains to the end, from `checkpoint` if any. Raises UserError for a loss or gradient not finite."""
+        """Trains to the end, from `checkpoint` if any. Raises UserError for a loss or gradient not finite, and
+        SystemExit after a SIGTERM."""
         if checkpoint is not None and checkpoint_step(checkpoint) >= self.args.max_steps:
             self._load_from_checkpoint(str(checkpoint))
             return
-        self._last_line = checkpoint_step(checkpoint) if checkpoint else 0
+        saves = self.args.save_strategy != "no"
         try:
             # One device: a backward pass in autograd's own thread would only move every Python object to another core.
-            with full_disk_said(self.folder), torch.autograd.set_multithreading_enabled(False):
+            with (
+                full_disk_said(self.folder),
+                torch.autograd.set_multithreading_enabled(False),
+                self.interrupt.listening() if saves else nullcontext(),
+            ):
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             self.pace.close()
+        if self.interrupt.asked:
+            print(
+                f"SIGTERM: {self.title} stopped at step {self.state.global_step} of {self.state.max_steps}, with a "
+                f"checkpoint in {self.folder}; --resume goes on from there",
+                file=sys.stderr,
+            )
+            raise SystemExit(EXIT_CODE)
 
     # -- the log
 
@@ -225,16 +265,14 @@ class StageTrainer(Trainer):
             "stage": self.title,
             "step": self.state.global_step,
             "tokens": self.state.num_input_tokens_seen,
-            "loss": logs["loss"],
+            "loss": None,  # keeps its place
             "lr": logs["learning_rate"],
+            **self.tally.take(),
         }
-        steps = self.state.global_step - self._last_line
-        for name, total in self._sums.items():
-            line[name] = (total / steps).tolist()
-        self._sums = {}
-        self._last_line = self.state.global_step
         with open(self.folder / LOG_FILE, "a") as file:
             file.write(json.dumps(line) + "\n")
+        if self.watch is not None:
+            self.watch(line)
 
     # -- checkpoints: the frozen weights are in STUDENT already
 
@@ -249,6 +287,7 @@ class StageTrainer(Trainer):
         target = Path(output_dir or self.folder)
         target.mkdir(parents=True, exist_ok=True)
         save_file({name: p.detach().contiguous() for name, p in self._trainable().items()}, target / TRAINABLE_FILE)
+        self.tally.save(target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / TRAINABLE_FILE)
@@ -258,3 +297,4 @@ class StageTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(saved[name])
+        self.tally.load(Path(resume_from_checkpoint))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,24 @@ _FREE = ("save_steps", "log_steps", "device", "compile")
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecipeStage:
+    """What a recipe adds to one of its stages: a name of its own, who is told each line of the loss log, `facts` for
+    linearize.json, and the log of the stages before, which OUT's begins with."""
+
+    name: str
+    watch: Callable[[dict[str, Any]], None] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    earlier: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Place:
     """Where a run keeps checkpoints and logs; without a `folder`, nowhere that outlives it."""
 
     folder: Path | None = None
     resume: bool = False
     overwrite: bool = False
+    recipe: RecipeStage | None = None
 
 
 def start_hash(model: nn.Module) -> str:
