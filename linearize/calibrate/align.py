@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distill.layer_pass import attention_pairs, transfer_pass
 from ..distill.parameters import training_only
-from ..distill.transfer import attention_pairs, transfer_pass
 
 
 def align(student: Any, teacher: Any, batches: Sequence[Tensor], *, passes: int, learning_rate: float) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distill.transfer import attention_pairs
+from ..distill.layer_pass import attention_pairs
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,11 @@ CHUNK = 512
 
 @dataclass
 class Scores:
-    """Measured scores [layers, groups], NaN for groups whose keys are bounded by the teacher's own window, and what was
-    chosen: (layer, group) pairs."""
+    """Measured scores [layers, groups], None where the teacher's own window bounds the keys, and what was chosen:
+    (layer, group) pairs."""
 
     method: str
-    scores: list[list[float]]
+    scores: list[list[float | None]]
     chosen: list[tuple[int, int]]
     keep_softmax: str
     passages: int
@@ -75,7 +75,7 @@ def measure(
         scores, chosen = _gradient(teacher, probe, passages, wanted, unbounded)
     return Scores(
         method=method,
-        scores=[[round(float(x), 6) for x in row] for row in scores],
+        scores=[[None if x != x else round(x, 6) for x in row] for row in scores.tolist()],
         chosen=sorted(chosen),
         keep_softmax=heads_text(sorted(chosen), anatomies),
         passages=len(passages),

@@ -11,7 +11,7 @@ import torch
 
 from .. import provenance
 from ..calibrate import CalibrateOptions
-from ..calibrate.figures import draw_calibration, draw_scores
+from ..calibrate.figures import calibration_figure, save, scores_figure
 from ..data import TextSource
 from ..errors import UsageError
 from ..output import check_new, new_folder
@@ -106,11 +106,11 @@ def convert_folder(
 
 def _write_measured(folder: Path, student: Any) -> None:
     """The scores and the fidelity report beside the weights, as JSON and, with matplotlib, drawn."""
-    for name, found, draw in (
-        ("keep_scores", student.keep_scores, draw_scores),
-        ("calibration", student.calibration, draw_calibration),
+    for name, found, figure in (
+        ("keep_scores", student.keep_scores, scores_figure),
+        ("calibration", student.calibration, calibration_figure),
     ):
         if found is not None:
             data = found.to_dict()
             (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
-            draw(data, folder / f"{name}.png")
+            save(figure, data, folder / f"{name}.png")
