@@ -1,7 +1,7 @@
 """Turn a pretrained softmax-attention transformer into a linear-time one, and measure what it cost.
 
-The verbs of the command line, as functions: `convert`, `plan`, `distill`, `finetune`, `evaluate`. Importing this
-package lets `transformers.AutoModelForCausalLM.from_pretrained` load converted models.
+The verbs of the command line, as functions: `convert`, `plan`, `distill`, `finetune`, `run`, `evaluate`, `report`.
+Importing this package lets `transformers.AutoModelForCausalLM.from_pretrained` load converted models.
 """
 
 # Some verbs share their sub-package's name. Importing them here, once, settles that `linearize.convert` is the verb;
@@ -10,6 +10,8 @@ from . import modeling
 from .convert import convert, plan
 from .distill import distill, finetune
 from .evaluate import evaluate
+from .recipes.run import run_recipe as run
+from .report import report
 from .version import __version__
 
 
@@ -18,4 +20,15 @@ def mixers() -> dict[str, str]:
     return {name: mixer.summary for name, mixer in sorted(modeling.MIXERS.items())}
 
 
-__all__ = ["__version__", "convert", "distill", "evaluate", "finetune", "mixers", "modeling", "plan"]
+__all__ = [
+    "__version__",
+    "convert",
+    "distill",
+    "evaluate",
+    "finetune",
+    "mixers",
+    "modeling",
+    "plan",
+    "report",
+    "run",
+]

@@ -17,9 +17,9 @@ from typing import Any
 import click
 
 from .bench.options import KernelOptions, ModelOptions
-from .distill.options import FinetuneOptions, LogitOptions, TransferOptions
+from .distill.options import BlockOptions, FinetuneOptions, LogitOptions, MixingOptions, TransferOptions
 from .errors import UserError
-from .flags import dataclass_options, given, mixer_options, model_options, run_options, swap_options
+from .flags import calibrate_options, dataclass_options, given, mixer_options, model_options, run_options, swap_options
 from .version import __version__
 
 
@@ -113,16 +113,18 @@ def _swap(options: dict[str, Any]) -> dict[str, Any]:
 
 
 @main.command("ls")
-@click.argument("what", type=click.Choice(["mixers", "families"]), default=None, required=False)
+@click.argument("what", type=click.Choice(["mixers", "families", "recipes"]), default=None, required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def ls(what: str | None, as_json: bool) -> None:
-    """List the mixers and the model families there are."""
+    """List the mixers, the model families and the recipes there are."""
     from . import mixers
     from .convert.families import FAMILIES
+    from .recipes import shipped
 
     lists = {
         "mixers": mixers(),
         "families": {key: family.summary for key, family in sorted(FAMILIES.items())},
+        "recipes": shipped(),
     }
     chosen = {what: lists[what]} if what else lists
     if as_json:
@@ -131,7 +133,7 @@ def ls(what: str | None, as_json: bool) -> None:
     for title, entries in chosen.items():
         click.echo(f"{title}:")
         for name, line in entries.items():
-            click.echo(f"  {name:<12}{line}")
+            click.echo(f"  {name:<16}{line}")
 
 
 @main.command("plan")
@@ -163,6 +165,7 @@ def plan_verb(model: str, to: str, as_json: bool, **options: Any) -> None:
 @click.argument("model")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @swap_options
+@calibrate_options
 @model_options()
 @run_options("cpu")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file.")
@@ -178,14 +181,17 @@ def convert_verb(
     \b
     linearize convert HuggingFaceTB/SmolLM2-135M-Instruct --to based -o smol-based
     linearize convert ./models --gguf-file model.Q4_1.gguf --to gla --window 128 -o smol-gla
-    linearize convert MODEL --to linear --keep-softmax heads:18.6,17.3 -o hybrid
+    linearize convert MODEL --to linear --keep-softmax heads:auto:10% --calibrate text.jsonl -o hybrid
     """
+    from .calibrate import CalibrateOptions
     from .convert import convert_folder
     from .convert.show import format_plan, size
 
     _quiet()
     source = _source(model, options)
     swap = _swap(options)
+    named = {name: options.pop(f"calibrate_{name}") for name in ("sequences", "length", "passes")}
+    options["calibrate_options"] = CalibrateOptions(seed=options["seed"], **given(named))
     made = convert_folder(
         source, to, out, device=device or "cpu", dry_run=dry_run, command=_command_line(), **options, **swap
     )
@@ -252,11 +258,16 @@ def _report_training(model: Any, out: Path, as_json: bool, following: str) -> No
 @click.argument("student")
 @click.option("--teacher", required=True, metavar="MODEL", help="The model that STUDENT was converted from.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--stage", default="all", show_default=True, help="transfer, logits, or all: one after the other.")
+@click.option(
+    "--stage",
+    default="all",
+    show_default=True,
+    help="transfer, logits, or all: one after the other; mixing or blocks: attention weights, layers' outputs.",
+)
 @_data_options
 @model_options("the teacher")
 @run_options()
-@dataclass_options(TransferOptions, LogitOptions, skip=("device",))
+@dataclass_options(MixingOptions, BlockOptions, TransferOptions, LogitOptions, skip=("device",))
 @_stage_options
 def distill_verb(
     student: str,
@@ -306,8 +317,47 @@ def finetune_verb(
     _report_training(result, out, as_json, f"linearize generate {out} 'a prompt'")
 
 
-@main.command("eval")
+@main.command("run")
+@click.argument("recipe")
 @click.argument("model")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As stages.logits.learning_rate=1e-4.")
+@click.option("--dataset", help="Hub name[:config[:split]] or local files, in place of the recipe's.")
+@click.option("--tokens", type=int, help="Tokens of all stages together, in place of the recipe's.")
+@model_options()
+@run_options()
+@click.option("--resume", is_flag=True, help="Go on from the last whole stage in OUT.work, and its last checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is whole, and start anew in OUT.work.")
+@click.option("--dry-run", is_flag=True, help="Print the settled recipe and its stages, and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def run_verb(recipe: str, model: str, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Convert MODEL and train it as RECIPE says: a name from `linearize ls recipes`, or a YAML file.
+
+    \b
+    linearize run default MODEL --dataset corpus.jsonl.gz --set convert.to=gla -o student
+    linearize run radlads MODEL --dataset corpus.txt --tokens 20000000 --dry-run -o student
+    """
+    from .recipes.run import run_recipe
+
+    _quiet()
+    source = _source(model, options)
+    result = run_recipe(recipe, source, out, dry_run=dry_run, say=_say, command=_command_line(), **options)
+    if as_json:
+        _print_json(result.to_dict() | {"out": None if dry_run else str(out)})
+        return
+    if dry_run:
+        click.echo(result.recipe.to_yaml())
+    for stage in result.stages:
+        did = "" if stage.steps is None else f", {stage.steps} steps"
+        loss = "" if stage.loss is None else f", loss {stage.loss:.4g}"
+        time = "" if stage.seconds is None else f", {stage.seconds:.0f} s"
+        click.echo(f"{stage.name}: {stage.kind}, {stage.tokens:,} tokens{did}{loss}{time}; {stage.folder}")
+    if not dry_run:
+        click.echo(f"next: linearize eval {out} --teacher {_flags(source)} --dataset DATASET")
+
+
+@main.command("eval")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--teacher", metavar="MODEL", help="Compare with this model: ratio, KL, recall.")
 @click.option("--dataset", multiple=True, help="Data sets to measure on; by default the embedded held-out text.")
 @click.option("--text-field", default="text", show_default=True, help="The data set's field with the text.")
@@ -318,47 +368,54 @@ def finetune_verb(
 @click.option("--batch-size", type=int, default=4, show_default=True, help="Sequences in one forward pass.")
 @click.option("--recall-passages", type=int, default=64, show_default=True, help="Passages shown twice; 0 for none.")
 @click.option("--recall-length", type=int, default=256, show_default=True, help="Tokens of such a passage.")
-@click.option("--branches/--no-branches", default=True, help="Also with the linear branch off.")
+@click.option("--branches/--no-branches", default=True, help="Also with either branch off, and the window alone.")
+@click.option("--retrieval-contexts", default="512", show_default=True, help="Lengths to find facts in; 0 for none.")
+@click.option("--retrieval-items", type=int, default=32, show_default=True, help="Questions at each length.")
+@click.option("--agreement-prompts", type=int, default=16, show_default=True, help="Greedy texts to compare; 0: none.")
+@click.option("--tasks", default="", metavar="TASK,...", help="Local .jsonl files, or names of lm-eval's tasks.")
+@click.option("--task-items", type=int, default=300, show_default=True, help="Items of each task.")
+@click.option("--equal-bytes", is_flag=True, help="Order by bytes held; star the best at equal bytes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def eval_verb(
-    model: str,
+    models: tuple[str, ...],
     teacher: str | None,
     dataset: tuple[str, ...],
-    dtype: str,
     device: str | None,
+    equal_bytes: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure MODEL: perplexity, KL from its teacher, recall of repeated passages, and all of it without its linear
-    branch.
+    """Measure each MODEL: perplexity, KL from its teacher, recall of repeated passages, retrieval, agreement with its
+    teacher, tasks; and what its branches do alone. Several MODELs stand side by side.
 
     \b
     linearize eval distilled --teacher MODEL --dataset heldout.jsonl --json
+    linearize eval A B C --teacher MODEL --dataset heldout.jsonl --equal-bytes
+    linearize eval distilled --teacher MODEL --retrieval-contexts 512,1024,2048 --tasks squad.jsonl
     """
+    from dataclasses import replace
+
     from .device import chosen_device
-    from .evaluate import evaluate, table
-    from .rows import TextSource
-    from .source import ModelSource, load_model, load_tokenizer
+    from .evaluate import evaluate_each, side_by_side, table
+    from .source import ModelSource
 
     _quiet()
-    for spec in dataset:
-        TextSource.parse(spec)  # a file that is not there is said before models are loaded
-    source = _source(teacher or model, options)
-    device = chosen_device(device)
-    own = ModelSource(model) if teacher else source
-    result = evaluate(
-        load_model(own, dtype=dtype, device=device),
-        load_model(source, dtype=dtype, device=device) if teacher else None,
-        tokenizer=load_tokenizer(own),
-        dataset=list(dataset) or None,
-        device=device,
+    source = _source(teacher or models[0], options)
+    students = [ModelSource(model) if teacher else replace(source, model=model) for model in models]
+    results = evaluate_each(
+        students,
+        source if teacher else None,
+        dataset=dataset,
+        device=chosen_device(device),
         progress=True,
         **options,
     )
-    if as_json:
-        _print_json(result)
+    if not as_json:
+        click.echo(table.format_results(results, equal_bytes=equal_bytes))
+    elif len(results) == 1:
+        _print_json(results[models[0]])
     else:
-        click.echo(table.format_results({model: result}))
+        _print_json(side_by_side(results, teacher))
 
 
 @main.command("generate")
@@ -496,6 +553,23 @@ def bench_model_verb(
         _print_json(results)
     else:
         click.echo(tables.model_table(results))
+
+
+@main.command("report")
+@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--evaluation", type=click.Path(path_type=Path), help="What `linearize eval OUT --json` printed.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write.  [default: OUT/report.html]")
+@click.option("--overwrite", is_flag=True, help="Replace the file.")
+def report_verb(folder: Path, evaluation: Path | None, out: Path | None, overwrite: bool) -> None:
+    """Write one self-contained HTML page about the converted model in OUT: stages, losses, scores, what it cost.
+
+    \b
+    linearize eval distilled --teacher MODEL --json > distilled/evaluation.json
+    linearize report distilled
+    """
+    from .report import report
+
+    click.echo(report(folder, evaluation=evaluation, out=out, overwrite=overwrite))
 
 
 @main.command("demo")

@@ -273,6 +273,8 @@ def test_eval(place):
         "teacher",
         place["student"],
         f"{place['student']}, linear branch off",
+        f"{place['student']}, window off",
+        f"{place['student']}, window alone untrained",
     ]
     alone = json.loads(done("eval", place["student"], *flags, "--no-branches", "--json"))
     assert alone["kl"] is alone["perplexity"]["ratio"] is alone["linear_off"] is None

@@ -1,0 +1,158 @@
+"""Students of every mixer and recipe beside their teacher: each trained by `linearize run`, judged by `linearize eval`.
+
+    python benchmarks/quality.py --teacher MODEL --train text.jsonl.gz --heldout prose.jsonl.gz,tales.jsonl.gz \
+        --students mixers,hybrids --tokens 10000000 --jobs 4 --out benchmarks/results/quality-smollm2.json
+
+A student is a line of STUDENTS: a recipe and what is set in it. Rows of others that OUT holds stay. With `--jobs`
+several train at once on one device; their seconds are then longer than alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from linearize.bench.record import header
+
+MIXERS = ("linear", "based", "retention", "gla", "mamba2", "gated_delta")
+Settings = dict[str, Any]
+# group -> recipe and settings of each student
+STUDENTS: dict[str, list[tuple[str, Settings]]] = {
+    "mixers": [("default", {"convert.to": mixer}) for mixer in MIXERS],
+    "no-window": [
+        ("default", {"convert.to": mixer, "convert.window": 0, "convert.sinks": 0, "stages.logits.window_dropout": 0})
+        for mixer in MIXERS
+    ],
+    # The windows alone, trained alike: all of the tokens on logits, as transfer has nothing to teach them.
+    "control": [
+        (
+            "default",
+            {
+                "stages.logits.linear_branch": False,
+                "stages.logits.window_dropout": 0,
+                "stages.logits.share": 1e6,
+                "stages.transfer.share": 1e4,
+            },
+        )
+    ],
+    "hybrids": [
+        ("default", {"convert.keep_softmax": keep}) for keep in ("heads:auto:9", "heads:auto:5", "auto:6", "every:5")
+    ],
+    "recipes": [(name, {}) for name in ("lolcats", "liger", "mamba-in-llama", "mohawk", "radlads", "halo")],
+}
+
+
+def run(words: list[str], log: Path) -> tuple[int, str]:
+    """Exit code and stdout of `linearize WORDS`; stderr goes to `log`."""
+    with log.open("a") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "linearize.cli", *words], stdout=subprocess.PIPE, stderr=file, text=True
+        )
+    return done.returncode, done.stdout
+
+
+def student(recipe: str, settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains and judges one student: its row."""
+    name = "-".join([recipe, *(f"{value}".replace(":", "") for value in settings.values())])
+    out, log = options.work / name, options.work / f"{name}.log"
+    model = [options.teacher, *(["--gguf-file", options.gguf_file] if options.gguf_file else [])]
+    where = ["--device", options.device] if options.device else []
+    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    sets += [word for text in options.set for word in ("--set", text)]
+    began = time.monotonic()
+    training = ["--dataset", options.train, "--tokens", str(options.tokens), "--resume", "--json"]
+    code, text = run(["run", recipe, *model, "-o", str(out), *training, *sets, *where], log)
+    if code:
+        return {"recipe": recipe, "settings": settings, "error": log.read_text().strip().splitlines()[-1:]}
+    seconds, made = time.monotonic() - began, json.loads(text)
+    judged = ["--dataset", options.heldout, "--sequences", str(options.sequences), "--json"]
+    judged += ["--retrieval-contexts", options.retrieval, "--agreement-prompts", str(options.agreement)]
+    judged += ["--tasks", options.tasks] if options.tasks else []
+    teacher = ["--teacher", *model]
+    code, text = run(["eval", str(out), *teacher, *judged, *where], log)
+    if code:
+        return {"recipe": recipe, "settings": settings, "error": log.read_text().strip().splitlines()[-1:]}
+    found = json.loads(text)
+    convert = made["recipe"]["convert"]
+    return {
+        "recipe": recipe,
+        "mixer": convert["to"],
+        "window": convert.get("window", 64),
+        "keep_softmax": convert.get("keep_softmax"),
+        "tokens": made["tokens"],
+        "ppl_ratio": found["perplexity"]["ratio"],
+        "kl": found["kl"],
+        "recall": found["recall"]["student"],
+        "recall_teacher": found["recall"]["teacher"],
+        "retrieval": found.get("retrieval"),
+        "kv_share": found.get("kv_share"),
+        "state_bytes": found.get("state_bytes"),
+        "seconds": round(seconds, 1),
+        "stages": [{key: stage[key] for key in ("name", "tokens", "seconds", "loss")} for stage in made["stages"]],
+        "settings": {**settings, **dict(text.split("=", 1) for text in options.set)},
+        **{name: brief(found[name]) for name in ("linear_off", "window_off", "window_alone") if found.get(name)},
+        **{name: found[name] for name in ("agreement", "tasks", "by_position") if found.get(name)},
+    }
+
+
+def brief(found: dict[str, Any]) -> dict[str, float]:
+    return {"ppl_ratio": found["perplexity"]["ratio"], "kl": found["kl"], "recall": found["recall"]["student"]}
+
+
+def key(row: dict[str, Any]) -> str:
+    return json.dumps([row["recipe"], row["settings"], row.get("tokens")], sort_keys=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--gguf-file")
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--heldout", required=True)
+    parser.add_argument("--tasks", help="local task files")
+    parser.add_argument("--students", default="mixers", help=f"some of {','.join(STUDENTS)}")
+    parser.add_argument("--only", default="", help="students whose settings or recipe contain this text")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE for every student")
+    parser.add_argument("--tokens", type=int, default=10_000_000)
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--retrieval", default="512,1024,2048")
+    parser.add_argument("--agreement", type=int, default=16)
+    parser.add_argument("--device", default="")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("quality.work"))
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+
+    options.work.mkdir(parents=True, exist_ok=True)
+    given = [",".join(Path(p).name for p in part.split(",")) if "/" in part else part for part in sys.argv[1:]]
+    results = header(["python", "benchmarks/quality.py", *given], options.device or "cuda") | {"rows": []}
+    old = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    origin = {name: results[name] for name in ("commit", "command", "time")} | {"jobs": options.jobs}
+    chosen = [entry for group in options.students.split(",") for entry in STUDENTS[group]]
+    chosen = [entry for entry in chosen if options.only in f"{entry[0]} {entry[1]}"]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for row in pool.map(lambda entry: student(*entry, options), chosen):
+            print(
+                json.dumps(
+                    {name: row.get(name) for name in ("recipe", "settings", "kl", "ppl_ratio", "recall", "error")}
+                )
+            )
+            sys.stdout.flush()
+            old = [*(other for other in old if key(other) != key(row)), row | origin]
+            results["rows"] = old
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
