@@ -17,6 +17,7 @@ from linearize.calibrate.scores import _gradient
 from linearize.calibrate.statistics import StatisticsOf
 from linearize.convert import convert, plan
 from linearize.convert.keep import Wanted, as_many, kept_heads, parse_auto
+from linearize.convert.show import format_plan
 from linearize.errors import UsageError, UserError
 from linearize.modeling import branch_off
 
@@ -121,7 +122,10 @@ def test_plan_counts_what_auto_leaves():
     config = tiny_teacher(num_hidden_layers=10).config
     whole = plan(config, "linear").kv_bytes_per_token_teacher
     assert plan(config, "linear", keep_softmax="heads:auto:10%").kv_bytes_per_token == whole // 10
-    assert plan(config, "linear", keep_softmax="auto:5").kv_bytes_per_token == whole // 2
+    half = plan(config, "linear", keep_softmax="auto:5")
+    assert half.kv_bytes_per_token == whole // 2 and half.placeholder == "auto:5"
+    assert "auto:5: measured at the conversion" in format_plan(half)
+    assert plan(config, "linear", keep_softmax="every:2").placeholder is None
 
 
 @torch.no_grad()

@@ -135,6 +135,7 @@ class Plan:
     kv_bytes_per_token_teacher: int
     convert: dict[str, Any]
     distill: dict[str, Any]
+    placeholder: str | None = None  # an `auto` that nothing has measured yet: `layers` shows as many, evenly spread
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -157,13 +158,16 @@ def plan(model: PreTrainedConfig | PreTrainedModel | str | Path, to: str = "base
         model = load_config(ModelSource(model=str(model)))
     teacher = model if isinstance(model, PreTrainedModel) else meta_model(model)
     anatomies = read_anatomy(teacher)
-    wanted = parse_auto(options.get("keep_softmax"), anatomies)
+    asked = options.get("keep_softmax")
+    wanted = parse_auto(asked, anatomies)
     if wanted is not None:  # which ones is measured at the conversion; how many is known
         options["keep_softmax"] = as_many(wanted, anatomies)
     config = student_config(teacher, to, **options)
     with torch.device("meta"):
         student = LinearizeForCausalLM(config)
-    return describe(student, teacher, to)
+    found = describe(student, teacher, to)
+    found.placeholder = asked if wanted is not None else None
+    return found
 
 
 def describe(student: LinearizeForCausalLM, teacher: PreTrainedModel, to: str) -> Plan:

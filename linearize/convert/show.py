@@ -53,6 +53,8 @@ def format_plan(plan: Plan, *, tensors: bool = True) -> str:
     if plan.kv_bytes_per_token_teacher > plan.kv_bytes_per_token:
         tokens = plan.state_bytes_per_sequence / (plan.kv_bytes_per_token_teacher - plan.kv_bytes_per_token)
         lines.append(f"smaller than the teacher's cache from {tokens:,.0f} tokens on")
+    if plan.placeholder is not None:
+        lines.append(f"{plan.placeholder}: measured at the conversion; below as many, evenly spread")
     memory, seconds = plan.convert["memory_bytes"], plan.convert["seconds"]
     lines.append(f"convert           about {size(memory)}, {seconds:.0f} s ({plan.convert['assumes']})")
     for name, stage in plan.distill["stages"].items():
