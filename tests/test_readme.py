@@ -45,6 +45,12 @@ def test_the_commands_run_in_their_order(tmp_path, monkeypatch):
         verbs.add(words[1])
         if words[1] == "bench":
             words += SMALL_BENCH[words[2]].split()
+        elif words[1] == "run":
+            words[words.index("--tokens") + 1] = "4096"
+            small = {"stages.*.max_length": 128, "stages.*.batch_size": 4}
+            small |= {"convert.calibrate_options.sequences": 4, "convert.calibrate_options.length": 128}
+            words += [word for key, value in small.items() for word in ("--set", f"{key}={value}")]
+            words += ["--device", "cpu"]
         elif "--tokens" in words:
             words[words.index("--tokens") + 1] = "2048"
             words += ["--max-length", "128", "--batch-size", "4", "--device", "cpu"]
