@@ -113,11 +113,10 @@ def calibrate(
         start_from_statistics(attention, found[layer])
     watch(teacher, attentions, used[:FITTED], lambda layer, seen: start_from_batch(attentions[layer], seen))
     reports["closed_form"] = fidelity(student, teacher, held)
-    _keep_better(attentions, before, reports["uncalibrated"], reports["closed_form"])
-    before, best = _parameters(attentions), fidelity(student, teacher, held)
+    best = _keep_better(attentions, before, reports["uncalibrated"], reports["closed_form"])
+    before = _parameters(attentions)
     trace = align(student, teacher, batches, passes=options.passes, learning_rate=options.learning_rate)
-    _keep_better(attentions, before, best, fidelity(student, teacher, held))
-    reports["calibrated"] = fidelity(student, teacher, held)
+    reports["calibrated"] = _keep_better(attentions, before, best, fidelity(student, teacher, held))
     student.eval()
     layers = [
         LayerReport(
@@ -159,8 +158,11 @@ def _keep_better(
     before: dict[int, dict[str, Tensor]],
     old: dict[int, Fidelity],
     new: dict[int, Fidelity],
-) -> None:
-    """Puts a layer's parameters back where its error grew, or is no number."""
+) -> dict[int, Fidelity]:
+    """Puts a layer's parameters back where its error grew, or is no number; the fidelity of what each has then."""
+    kept = dict(new)
     for layer, attention in attentions.items():
         if not new[layer].relative_error <= old[layer].relative_error:
             attention.mixer.load_state_dict(before[layer])
+            kept[layer] = old[layer]
+    return kept
