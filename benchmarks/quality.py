@@ -3,8 +3,9 @@
     python benchmarks/quality.py --teacher MODEL --train text.jsonl.gz --heldout prose.jsonl.gz,tales.jsonl.gz \
         --students mixers,hybrids --tokens 10000000 --jobs 4 --out benchmarks/results/quality-smollm2.json
 
-A student is a line of STUDENTS: a recipe and what is set in it. Rows of others that OUT holds stay. With `--jobs`
-several train at once on one device; their seconds are then longer than alone.
+A student is a line of STUDENTS, or of a JSON file of such lines: a recipe and what is set in it. `--rates` trains
+each once for every factor, which multiplies the learning rates of all its stages. Rows of others that OUT holds stay.
+With `--jobs` several train at once on one device; their seconds are then longer than alone.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from linearize.bench.record import header
+from linearize.recipes.recipe import load
 
 MIXERS = ("linear", "based", "retention", "gla", "mamba2", "gated_delta")
 Settings = dict[str, Any]
@@ -60,9 +63,19 @@ def run(words: list[str], log: Path) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+def at_rate(recipe: str, settings: Settings, factor: float, options: argparse.Namespace) -> Settings:
+    """`settings`, and the learning rate of each stage times `factor`."""
+    if factor == 1:
+        return settings
+    stages = load(recipe, settings, dataset=options.train, tokens=options.tokens).stages
+    rates = {f"stages.{stage.name}.learning_rate": stage.options.learning_rate * factor for stage in stages}
+    return {**settings, **{name: float(f"{rate:.3g}") for name, rate in rates.items()}}
+
+
 def student(recipe: str, settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
     """Trains and judges one student: its row."""
-    name = "-".join([recipe, *(f"{value}".replace(":", "") for value in settings.values())])
+    told = (f"{key.removeprefix('stages.').removeprefix('convert.')}_{value}" for key, value in settings.items())
+    name = re.sub(r"[^\w.-]+", "", "-".join([recipe, *told]))
     out, log = options.work / name, options.work / f"{name}.log"
     model = [options.teacher, *(["--gguf-file", options.gguf_file] if options.gguf_file else [])]
     where = ["--device", options.device] if options.device else []
@@ -119,9 +132,10 @@ def main() -> None:
     parser.add_argument("--train", required=True)
     parser.add_argument("--heldout", required=True)
     parser.add_argument("--tasks", help="local task files")
-    parser.add_argument("--students", default="mixers", help=f"some of {','.join(STUDENTS)}")
+    parser.add_argument("--students", default="mixers", help=f"some of {','.join(STUDENTS)}, or a JSON file")
     parser.add_argument("--only", default="", help="students whose settings or recipe contain this text")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE for every student")
+    parser.add_argument("--rates", default="1", help="factors of all learning rates, comma-separated")
     parser.add_argument("--tokens", type=int, default=10_000_000)
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--retrieval", default="512,1024,2048")
@@ -137,11 +151,21 @@ def main() -> None:
     results = header(["python", "benchmarks/quality.py", *given], options.device or "cuda") | {"rows": []}
     old = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     origin = {name: results[name] for name in ("commit", "command", "time")} | {"jobs": options.jobs}
-    chosen = [entry for group in options.students.split(",") for entry in STUDENTS[group]]
-    chosen = [entry for entry in chosen if options.only in f"{entry[0]} {entry[1]}"]
+    chosen = [
+        entry
+        for group in options.students.split(",")
+        for entry in (STUDENTS[group] if group in STUDENTS else json.loads(Path(group).read_text()))
+    ]
+    chosen = [
+        (recipe, at_rate(recipe, settings, float(factor), options))
+        for recipe, settings in chosen
+        if options.only in f"{recipe} {settings}"
+        for factor in options.rates.split(",")
+    ]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(lambda entry: student(*entry, options), chosen):
+        for done in as_completed(pool.submit(student, *entry, options) for entry in chosen):
+            row = done.result()
             print(
                 json.dumps(
                     {name: row.get(name) for name in ("recipe", "settings", "kl", "ppl_ratio", "recall", "error")}
