@@ -83,10 +83,13 @@ def student(recipe: str, settings: Settings, options: argparse.Namespace) -> dic
     sets += [word for text in options.set for word in ("--set", text)]
     began = time.monotonic()
     training = ["--dataset", options.train, "--tokens", str(options.tokens), "--resume", "--json"]
-    code, text = run(["run", recipe, *model, "-o", str(out), *training, *sets, *where], log)
-    if code:
-        return {"recipe": recipe, "settings": settings, "error": log.read_text().strip().splitlines()[-1:]}
-    seconds, made = time.monotonic() - began, json.loads(text)
+    done = out.with_name(f"{name}.run.json")
+    if not done.exists():  # else trained in a run before this one, which was stopped in its evaluation
+        code, text = run(["run", recipe, *model, "-o", str(out), *training, *sets, *where], log)
+        if code:
+            return {"recipe": recipe, "settings": settings, "error": log.read_text().strip().splitlines()[-1:]}
+        done.write_text(json.dumps(json.loads(text) | {"seconds": time.monotonic() - began}))
+    made = json.loads(done.read_text())
     judged = ["--dataset", options.heldout, "--sequences", str(options.sequences), "--json"]
     judged += ["--retrieval-contexts", options.retrieval, "--agreement-prompts", str(options.agreement)]
     judged += ["--tasks", options.tasks] if options.tasks else []
@@ -109,7 +112,7 @@ def student(recipe: str, settings: Settings, options: argparse.Namespace) -> dic
         "retrieval": found.get("retrieval"),
         "kv_share": found.get("kv_share"),
         "state_bytes": found.get("state_bytes"),
-        "seconds": round(seconds, 1),
+        "seconds": round(made["seconds"], 1),
         "stages": [{key: stage[key] for key in ("name", "tokens", "seconds", "loss")} for stage in made["stages"]],
         "settings": {**settings, **dict(text.split("=", 1) for text in options.set)},
         **{name: brief(found[name]) for name in ("linear_off", "window_off", "window_alone") if found.get(name)},

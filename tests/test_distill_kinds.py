@@ -321,6 +321,18 @@ def test_repeated_rows_hold_a_passage_twice(teacher) -> None:
     assert all(torch.equal(ids[:, :half], ids[:, half:]) for ids in seen) and seen
 
 
+def test_repeated_rows_come_all_along(teacher) -> None:
+    """Drawn with the sampler's own generator they were the first of the run, and then there were no more."""
+    half, steps = LENGTH // 2, 16
+    student, seen = student_of(teacher), []
+    student.model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"]), with_kwargs=True)
+    options = logit_options(repeats=0.25, batch_size=4, tokens=4 * steps * LENGTH)
+    distill(student, teacher, rows(4 * steps), stage="logits", logits=options)
+    shares = [float((ids[:, :half] == ids[:, half:]).all(1).float().mean()) for ids in seen]
+    assert len(shares) == steps and sum(shares) == 0.25 * steps
+    assert 0 < sum(shares[: steps // 2]) < sum(shares)
+
+
 def test_skipped_tokens_are_those_of_the_stage_before() -> None:
     data = rows(10)
     left = packed(data, None, TransferOptions(skip_tokens=3 * LENGTH - 1), isolate=False, text_field="text")

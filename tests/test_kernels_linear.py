@@ -180,6 +180,26 @@ def test_real_head_sizes(rows, columns):
         compare(q.abs(), k.abs(), v, g, normalizer=True)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_alone(kind, dtype):
+    """Without gradients and a final state, as evaluation has it: what is not stored is not in the program."""
+    for rows, columns, groups in ((16, 16, 2), (64, 64, 3), (128, 64, 3), (256, 128, 3)):
+        q, k, v, g = make(kind, dtype, tokens=1000, heads=2 * groups, groups=groups, rows=rows, columns=columns)
+        q, k = q.abs(), k.abs()
+        with torch.no_grad():
+            out, z, _ = kernels.linear_attention(q, k, v, log_decay=g, normalizer=True)
+            wide = None if g is None else g.double()
+            expected, z_expected, _ = reference.linear_attention(
+                q.double(), k.double(), v.double(), log_decay=wide, normalizer=True
+            )
+        tolerance = TOLERANCE[dtype]
+        for ours, theirs in ((out, expected), (z, z_expected)):
+            assert float((ours.double() - theirs).abs().max() / theirs.abs().max()) < tolerance
+
+
 @pytest.mark.parametrize("kind", ["none", "scalar", "vector"])
 def test_compiled_without_a_break(kind):
     def run(*tensors):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,8 +68,8 @@ class Repeated(Dataset[Item]):
     def __init__(self, dataset: Dataset[Item], share: float, seed: int) -> None:
         self.dataset = dataset
         count = length_of(dataset)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        self.chosen = set(order[: round(share * count)].tolist())
+        # A stream of its own: drawn as the sampler draws its order, they would be the first sequences of the run.
+        self.chosen = set(random.Random(f"repeats {seed}").sample(range(count), round(share * count)))
 
     def __len__(self) -> int:
         return length_of(self.dataset)

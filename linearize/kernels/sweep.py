@@ -434,7 +434,9 @@ def sweep_tile(
                 late = tl.exp(along) if REVERSE else tl.exp(whole - along)
                 norm += tl.sum(b_T.to(tl.float32) * tl.where(live[None, :], late, 0), 1)
             else:
-                norm += tl.sum(b_T.to(tl.float32), 1)
+                # The mask changes nothing. Triton 3.6 keeps a sum that goes straight into what the loop carries apart
+                # by thread, and dies where nothing reads it after the loop.
+                norm += tl.where(in_a, tl.sum(b_T.to(tl.float32), 1), 0.0)
         elif NORM == 2:
             norm += tl.sum(right[:, None] * c_out.to(tl.float32), 0)
         ahead = tl.maximum(count - 2 - i, 0) if REVERSE else tl.minimum(i + 1, count - 1)
