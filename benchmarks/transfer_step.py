@@ -29,8 +29,8 @@ from linearize.bench.record import header
 from linearize.convert import convert
 from linearize.data import pack
 from linearize.distill import distill
+from linearize.distill.compiling import attentions, compiled
 from linearize.distill.layer_pass import attention_pairs, transfer_pass
-from linearize.distill.stages import compiled_mixers
 from linearize.source import ModelSource, load_model, load_tokenizer
 
 KERNELS = "LINEARIZE_KERNELS"
@@ -163,12 +163,13 @@ def main() -> None:
     os.environ[KERNELS] = "auto"
     for mixer in args.mixers.split(","):
         student = convert(teacher, mixer, window=args.window, sinks=args.sinks).to("cuda").train()
-        with compiled_mixers(student) if args.compile else nullcontext():
+        with compiled(attentions(student)) if args.compile else nullcontext():
             with_mixer, wall = kernel_ms(student, teacher, tokens, 5)
         bare = copy.copy(student)
         for _, attention in bare.mixer_layers():
             attention.mixer = Copied()
-        without, bare_wall = kernel_ms(bare, teacher, tokens, 5)
+        with compiled(attentions(bare)) if args.compile else nullcontext():
+            without, bare_wall = kernel_ms(bare, teacher, tokens, 5)
         row = {"mixer": mixer, "step_kernel_ms": with_mixer, "rest_kernel_ms": without}
         row |= {"share": 1 - without / with_mixer, "step_ms": wall, "rest_ms": bare_wall}
         result["shares"].append(row)

@@ -30,7 +30,9 @@ from linearize.distill import (
 )
 from linearize.distill.layer_pass import attention_pairs, transfer_pass
 from linearize.distill.losses import head_losses, transfer_loss
+from linearize.distill.memory import graph_bytes
 from linearize.distill.parameters import optimizer_groups
+from linearize.distill.stages import wants_checkpoints
 from linearize.distill.trainer import StageTrainer
 from linearize.errors import UsageError, UserError
 
@@ -333,8 +335,8 @@ def test_full_logits_never_exist(monkeypatch) -> None:
     monkeypatch.setattr(StageTrainer, "training_step", watched)
     options = logit_options(batch_size=4, chunk=chunk, ce_weight=0.5, tokens=4 * LENGTH)
     distill(student_of(teacher), teacher, rows(4, vocab=vocab), stage="logits", logits=options)
-    # 16 rows are the transposed head; the whole batch would be 92
-    assert found == [chunk]
+    # 16 rows are the transposed head; the whole batch would be 92, in five chunks of at most 20
+    assert found == [19]
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
@@ -652,21 +654,75 @@ def test_a_spec_is_packed_with_the_stage_options(teacher, monkeypatch, tmp_path)
         distill(student_of(teacher), teacher, text, transfer=transfer_options())
 
 
+def test_checkpoints_are_for_those_who_need_them(teacher):
+    student = student_of(teacher)
+    config = student.config.get_text_config()
+    one = graph_bytes(hidden=64, layers=2, tokens=2 * LENGTH, intermediate=config.intermediate_size)
+    options = logit_options(batch_size=2)
+    assert not wants_checkpoints(student, options, 4 * one) and wants_checkpoints(student, options, 4 * one - 4)
+    assert wants_checkpoints(student, options, None)
+    for asked in (False, True):
+        options = logit_options(batch_size=2, gradient_checkpointing=asked)
+        assert all(wants_checkpoints(student, options, free) == asked for free in (None, 0, 2**60))
+
+
 @pytest.mark.slow
-def test_compiled_mixers_train_alike(teacher):
-    """One program for all layers, the losses of eager training, and nothing left behind."""
+@pytest.mark.parametrize(
+    "stage,programs,options",
+    [
+        ("transfer", 1, {}),
+        # a program for the student's layers and one for the teacher's; with the windows off another, and one for chunks
+        ("logits", 4, {"window_dropout": 0.4, "gradient_checkpointing": False}),
+        ("logits", 3, {"gradient_checkpointing": True}),
+    ],
+)
+def test_compiled_layers_train_alike(teacher, stage, programs, options):
+    """One program for all layers of a kind, the losses of eager training, and nothing left behind."""
     logs = []
-    for compiled in (False, True):
+    for compile in (False, True):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         student = student_of(teacher, "retention")
-        options = {"stage": "transfer", "batch_size": 2, "max_length": LENGTH, "log_steps": 1, "device": "cpu"}
-        student = distill(student, teacher, rows(), compile=compiled, **options)
+        shared = {"stage": stage, "batch_size": 2, "max_length": LENGTH, "log_steps": 1, "device": "cpu"}
+        student = distill(student, teacher, rows(), compile=compile, **shared, **options)
         logs.append([line["loss"] for line in student.distillation[0].log])
-        assert torch._dynamo.utils.counters["stats"].get("unique_graphs", 0) == int(compiled)
-        assert all(attention.mixer._compiled_call_impl is None for _, attention in student.mixer_layers())
+        assert torch._dynamo.utils.counters["stats"].get("unique_graphs", 0) == programs * compile
+        assert not torch._dynamo.utils.counters["graph_break"]
+        assert all(module._compiled_call_impl is None for model in (student, teacher) for module in model.modules())
     assert len(logs[0]) == 4
     torch.testing.assert_close(torch.tensor(logs[1]), torch.tensor(logs[0]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_compiled_hybrid_layers_share_programs(teacher):
+    """Which heads are kept is data: layers that keep as many groups run one program."""
+    torch._dynamo.reset()
+    losses = []
+    for compile in (False, True):
+        torch._dynamo.utils.counters.clear()
+        student = convert(teacher, "linear", window=4, keep_softmax="heads:0.0,0.1,1.2,1.3")
+        options = {"stage": "logits", "batch_size": 2, "max_length": LENGTH, "log_steps": 1, "device": "cpu"}
+        student = distill(student, teacher, rows(), compile=compile, gradient_checkpointing=False, **options)
+        losses.append([line["loss"] for line in student.distillation[0].log])
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+@pytest.mark.slow
+def test_compiled_with_isolated_documents(teacher):
+    """Positions cannot be looked at in compiled code: the mixers alone are compiled then, and nothing is refused."""
+    data = rows()
+    for row in data:
+        row["position_ids"] = torch.cat([torch.arange(9), torch.arange(LENGTH - 9)])
+    losses = []
+    for stage in ("transfer", "logits"):
+        for compile in (False, True):
+            torch._dynamo.reset()
+            options = {"stage": stage, "batch_size": 2, "max_length": LENGTH, "log_steps": 1, "device": "cpu"}
+            student = distill(student_of(teacher, "retention"), teacher, data, compile=compile, **options)
+            losses.append([line["loss"] for line in student.distillation[0].log])
+    for eager, ours in ((losses[0], losses[1]), (losses[2], losses[3])):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(eager), rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow

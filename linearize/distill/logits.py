@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .compiling import decoder_layers, mixers
 from .feed import Item
 from .losses import count_targets, head_losses, head_of
 from .options import FinetuneOptions, LogitOptions
@@ -51,13 +52,19 @@ class HeadTrainer(StageTrainer):
             assert isinstance(options, LogitOptions)
             self.ce_weight, self.temperature = options.ce_weight, options.temperature
 
+    def to_compile(self) -> list[nn.Module]:
+        if self.isolated:
+            return mixers(self.student)
+        models = [self.student] if self.teacher is None else [self.student, self.teacher]
+        return [layer for model in models for layer in decoder_layers(self.student, model)]
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Item], Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [count_targets(batch["labels"]) for batch in batches]
         return batches, torch.stack(counts).sum() if counts else None
 
     def step_losses(self, inputs: Item, num_items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs = dict(inputs)
+        options, inputs = self.options, dict(inputs)
         labels = inputs.pop("labels")
         with self.autocast():
             hidden = self.student.model(**inputs, use_cache=False).last_hidden_state
@@ -75,6 +82,7 @@ class HeadTrainer(StageTrainer):
                 temperature=self.temperature,
                 with_ce=self.ce_weight > 0,
                 chunk=self.chunk,
+                compiled=options.compile,
             )
         count = num_items.clamp_min(1)
         loss = ((1 - self.ce_weight) * kl + self.ce_weight * ce) / count

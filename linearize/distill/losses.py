@@ -5,6 +5,7 @@ Shapes: B sequences, T positions, D hidden size, V vocabulary, N valid tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -91,6 +92,11 @@ def _chunk_losses(
     return kl, ce
 
 
+@functools.cache
+def _compiled_chunk_losses() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_chunk_losses)
+
+
 def head_losses(
     hidden: Tensor,
     labels: Tensor,
@@ -101,6 +107,7 @@ def head_losses(
     temperature: float = 1.0,
     with_ce: bool = False,
     chunk: int = 1024,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sums over the scored tokens of KL(teacher || student) and of cross-entropy, a chunk at a time.
 
@@ -108,12 +115,16 @@ def head_losses(
     nothing is scored. Without a teacher KL is 0; without `with_ce` cross-entropy is 0. KL is multiplied by
     temperature^2, so that its gradient keeps its size (Hinton, 1503.02531).
 
-    Each chunk is recomputed in the backward pass: at most `chunk` x V logits of each model exist at any time.
+    Each chunk is recomputed in the backward pass: at most `chunk` x V logits of each model exist at any time. With
+    `compiled` they are read fewer times.
     """
     targets = next_token_labels(labels).flatten()
     scored = (targets != IGNORED).nonzero().squeeze(-1)
     targets = targets[scored]
     hidden = hidden.flatten(0, 1)[scored]
+    # chunks of one size, where they can be: a compiled program is for one
+    chunk = -(-len(targets) // max(-(-len(targets) // chunk), 1)) or 1
+    losses = _compiled_chunk_losses() if compiled else _chunk_losses
     # split, not slices: backward, a split is one concatenation, each slice a full-size tensor of zeros
     chunks = hidden.split(chunk)
     teacher_chunks: tuple[Tensor | None, ...] = (None,) * len(chunks)
@@ -122,7 +133,7 @@ def head_losses(
     kl = ce = widened(hidden.new_zeros(()))
     for part, teacher_part, target in zip(chunks, teacher_chunks, targets.split(chunk), strict=True):
         part_kl, part_ce = checkpoint(
-            _chunk_losses,
+            losses,
             part,
             teacher_part,
             target,

@@ -77,6 +77,11 @@ def training_memory(
     return memory | {"total": sum(memory.values())}
 
 
+def graph_bytes(*, hidden: int, layers: int, tokens: int, intermediate: int | None = None) -> int:
+    """What backward needs of all L layers without checkpoints: L B T (150 h + 24 h + 6 i)."""
+    return layers * tokens * (hidden * (MIXER_BYTES + LAYER_BYTES) + 6 * (intermediate or 4 * hidden))
+
+
 def training_flops(
     *,
     parameters: int,

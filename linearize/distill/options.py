@@ -84,7 +84,7 @@ class TrainOptions:
     seed: int = _option(0, "Seed of the order of the data and of everything drawn at random.")
     precision: str = _option("auto", "auto, fp32 or bf16 (autocast); trained parameters are fp32 always.")
     device: str | None = _option(None, "cpu, or the accelerator that is there (default).")
-    compile: bool = _option(False, "Compile the mixers: half a minute at the start for shorter steps.")
+    compile: bool = _option(False, "Compile the layers: a minute at the start for steps of half the time.")
     save_steps: int = _option(500, "Steps between checkpoints.")
     log_steps: int = _option(10, "Steps between lines of the loss log.")
 
@@ -164,7 +164,9 @@ class _HeadOptions(TrainOptions):
     """What the two stages with a loss on the vocabulary share."""
 
     chunk: int = _option(1024, "Tokens whose logits over the vocabulary exist at the same time.")
-    gradient_checkpointing: bool = _option(True, "Recompute activations in the backward pass.")
+    gradient_checkpointing: bool | None = _option(
+        None, "Recompute activations in the backward pass; by default where they would take a quarter of free memory."
+    )
     lora_alpha: float | None = _option(None, "LoRA's scale numerator; by default twice the rank.")
     lora_dropout: float = _option(0.0, "Dropout on LoRA's input.")
     lora_on: str = _option("swapped", _LORA_ON_HELP)

@@ -10,16 +10,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import set_seed
 
 from ..errors import UsageError, UserError
 from .blocks import BlockTrainer
+from .compiling import compiled
 from .feed import Item, length_of, steps_for, with_repeats
 from .layer_pass import attention_pairs
 from .logits import HeadTrainer, set_checkpointing
 from .lora import attach_lora, merged, unloaded
+from .memory import graph_bytes
 from .mixing import MixingTrainer, eager_attention
 from .options import BlockOptions, FinetuneOptions, LogitOptions, MixingOptions, TrainOptions, TransferOptions
 from .parameters import cache_setting_kept, check_pair, own_memory, trainable_names, training_only
@@ -81,8 +84,6 @@ def _train(
         stack.enter_context(training_only(model, names))
         if teacher is not None:
             stack.enter_context(_evaluating(teacher))
-        if options.compile:
-            stack.enter_context(compiled_mixers(student))
         trainer = trainer_class(
             model,
             student,
@@ -95,6 +96,8 @@ def _train(
             title=stage,
             watch=place.recipe.watch if place.recipe else None,
         )
+        if options.compile:
+            stack.enter_context(compiled(trainer.to_compile()))
         try:
             trainer.run(checkpoint)
         finally:
@@ -116,22 +119,25 @@ def _evaluating(teacher: nn.Module) -> Iterator[None]:
         teacher.train(was_training)
 
 
-@contextmanager
-def compiled_mixers(student: Any) -> Iterator[None]:
-    """Compiles each mixer, and leaves the student as it was. Layers of one shape share one compiled program, which
-    joins what surrounds the kernels: feature maps, norms, gains and their gradients."""
-    mixers = [attention.mixer for _, attention in student.mixer_layers()]
-    for mixer in mixers:
-        mixer.compile()
-    try:
-        yield
-    finally:
-        for mixer in mixers:
-            mixer._compiled_call_impl = None
+def wants_checkpoints(student: Any, options: LogitOptions | FinetuneOptions, free: int | None) -> bool:
+    """Whether to recompute activations: as asked, else unless they take less than a quarter of `free` bytes on a GPU,
+    None without one."""
+    if options.gradient_checkpointing is not None or free is None:
+        return options.gradient_checkpointing is not False
+    config = student.config.get_text_config()
+    needed = graph_bytes(
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        tokens=options.batch_size * options.max_length,
+        intermediate=getattr(config, "intermediate_size", None),
+    )
+    return needed > free // 4
 
 
 @contextmanager
-def _checkpointing(student: Any, enabled: bool) -> Iterator[None]:
+def _checkpointing(student: Any, options: LogitOptions | FinetuneOptions) -> Iterator[None]:
+    on_gpu = torch.cuda.is_available() and not (options.device or "").startswith("cpu")
+    enabled = wants_checkpoints(student, options, torch.cuda.mem_get_info()[0] if on_gpu else None)
     if enabled:
         set_checkpointing(student, True)
     try:
@@ -208,7 +214,7 @@ def logits(student: Any, teacher: Any, dataset: Dataset[Item], options: LogitOpt
         # LoRA first: peft, seeing checkpointing, would make the embeddings' outputs require gradients
         with _lora(student, options, options.lora_rank, mixers=True) as model:
             names = {name for name, p in model.named_parameters() if p.requires_grad}
-            with _checkpointing(student, options.gradient_checkpointing):
+            with _checkpointing(student, options):
                 result = _train(HeadTrainer, model, student, names, dataset, options, place, start, aim)
             _merge(model, student)
         return result
@@ -220,7 +226,7 @@ def logits(student: Any, teacher: Any, dataset: Dataset[Item], options: LogitOpt
         }
         if not names:
             raise UserError("--train new: the student's mixers have no new parameters; use --train all or --lora-rank")
-        with _checkpointing(student, options.gradient_checkpointing):
+        with _checkpointing(student, options):
             return _train(HeadTrainer, student, student, names, dataset, options, place, start, aim)
 
 
@@ -235,7 +241,7 @@ def finetune(student: Any, dataset: Dataset[Item], options: FinetuneOptions, pla
     start = start_hash(student)
     with _lora(student, options, options.lora_rank, mixers=options.train_mixers) as model:
         names = {name for name, p in model.named_parameters() if p.requires_grad}
-        with _checkpointing(student, options.gradient_checkpointing):
+        with _checkpointing(student, options):
             result = _train(FinetuneTrainer, model, student, names, dataset, options, place, start)
         if options.merge:
             _merge(model, student)

@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..errors import UserError
 from ..modeling import branch_off
+from .compiling import mixers
 from .feed import Item, Stack
 from .interrupt import EXIT_CODE, Interrupt
 from .options import TrainOptions
@@ -175,6 +176,15 @@ class StageTrainer(Trainer):
         return torch.autocast(kind, dtype=torch.bfloat16, enabled=enabled and self.half, cache_enabled=False)
 
     # -- the loop
+
+    def to_compile(self) -> list[nn.Module]:
+        """What `--compile` compiles in this stage."""
+        return mixers(self.student)
+
+    @property
+    def isolated(self) -> bool:
+        """Whether documents are told apart by their positions, which code that is compiled cannot look at."""
+        return self.train_dataset is not None and "position_ids" in self.train_dataset[0]
 
     def step_losses(self, inputs: Item, num_items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one batch: its detached share of the step's loss, and parts for the log."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .compiling import attentions, mixers
 from .feed import Item
 from .layer_pass import Pair, attention_loss, attention_pairs, transfer_pass
 from .options import TransferOptions
@@ -56,6 +57,9 @@ class TransferTrainer(LayerTrainer):
     """Matches attention outputs."""
 
     title = "transfer"
+
+    def to_compile(self) -> list[nn.Module]:
+        return mixers(self.student) if self.isolated else attentions(self.student)
 
     def pairs_of(self, student: Any, teacher: Any) -> dict[int, Pair]:
         return attention_pairs(student, teacher)

@@ -7,7 +7,7 @@ group and each head takes its own.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,44 @@ from .kept import kept_softmax
 from .layout import Layout, read_layout
 from .mixer import MIXERS, Mixer
 from .reference import widen
+
+
+class Pick(NamedTuple):
+    """Heads to pick, no head twice, and for every head that there is where it then stands, past the end for none."""
+
+    heads: Tensor
+    place: Tensor
+
+
+class Routes(NamedTuple):
+    """The query heads and key groups that the mixer and the kept heads read, and each query head's output among the
+    mixer's, followed by the kept heads'."""
+
+    mixer_heads: Pick
+    mixer_groups: Pick
+    soft_heads: Pick
+    soft_groups: Pick
+    outputs: Pick
+
+
+class _Picked(torch.autograd.Function):
+    """x [B, T, H, D] at `heads`. Its gradient is picked too, where indexing would add up what never meets: slower,
+    and inductor's vectorised sums of it crash on CPUs (torch 2.13)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, heads: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x.index_select(2, heads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (place,), grad = ctx.saved_tensors, grads[0]
+        return torch.cat([grad, torch.zeros_like(grad[:, :, :1])], dim=2).index_select(2, place), None, None
+
+
+def picked(x: Tensor, pick: Pick) -> Tensor:
+    """x [B, T, H, D] with the heads of `pick` alone, in its order."""
+    return _Picked.apply(x, *pick)
 
 
 class HeadRMSNorm(nn.Module):
@@ -86,7 +124,8 @@ class LinearizeAttention(nn.Module):
         self.softmax_heads = sorted(kept)
         self.softmax_groups = [g for g, flags in enumerate(by_group) if any(flags)]
         self.mixer_groups = [g for g, flags in enumerate(by_group) if not all(flags)]
-        self._indices: dict[tuple[str, torch.device], Tensor] = {}
+        self.is_hybrid = bool(kept)
+        self._routes: dict[torch.device, Routes] = {}
         self.mixer: Mixer = MIXERS[mixer](
             num_heads=len(self.mixer_groups) * size,
             num_kv_heads=len(self.mixer_groups),
@@ -125,7 +164,7 @@ class LinearizeAttention(nn.Module):
         else:
             past = cache.places_before(tokens) if cache is not None and cache.is_static else None
             layout = read_layout(attention_mask, position_ids, batch, tokens, past)
-        if not self.softmax_heads:
+        if not self.is_hybrid:
             out = self.mixer(q, k, v, hidden_states, layout=layout, cache=cache)
         else:
             out = self._partition(q, k, v, hidden_states, layout, cache)
@@ -154,33 +193,50 @@ class LinearizeAttention(nn.Module):
             q, k = rotate(q, cos, sin, anatomy.rotary_dim), rotate(k, cos, sin, anatomy.rotary_dim)
         return q, k, v
 
-    def _index(self, name: str, groups: list[int], per_group: int, device: torch.device) -> Tensor:
-        key = (name, device)
-        if key not in self._indices:
-            entries = [g * per_group + r for g in groups for r in range(per_group)]
-            with torch.inference_mode(False):  # kept, and a tensor made in inference mode could not train later
-                self._indices[key] = torch.tensor(entries, device=device)
-        return self._indices[key]
+    def routes(self, device: torch.device) -> Routes:
+        """Which heads go where, on `device`; made once. One compiled program serves layers of other heads then: it
+        is given these tensors, where lists would be part of it."""
+        if device not in self._routes:
+            size = self.anatomy.group_size
+
+            def pick(index: list[int], count: int) -> Pick:
+                place = [index.index(entry) if entry in index else len(index) for entry in range(count)]
+                with torch.inference_mode(False):  # kept, and a tensor made in inference mode could not train later
+                    return Pick(torch.tensor(index, device=device), torch.tensor(place, device=device))
+
+            heads, groups = self.anatomy.num_heads, self.anatomy.num_kv_heads
+            mixed = [g * size + r for g in self.mixer_groups for r in range(size)]
+            soft = [g * size + r for g in self.softmax_groups for r in range(size)]
+            kept = set(self.softmax_heads)
+            outputs = [len(mixed) + soft.index(head) if head in kept else mixed.index(head) for head in range(heads)]
+            self._routes[device] = Routes(
+                mixer_heads=pick(mixed, heads),
+                mixer_groups=pick(self.mixer_groups, groups),
+                soft_heads=pick(soft, heads),
+                soft_groups=pick(self.softmax_groups, groups),
+                outputs=pick(outputs, len(mixed) + len(soft)),
+            )
+        return self._routes[device]
 
     def _partition(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, layout: Layout, cache: MixerCacheLayer | None
     ) -> Tensor:
-        size, device = self.anatomy.group_size, q.device
-        soft_g = self._index("softmax_groups", self.softmax_groups, 1, device)
-        soft_h = self._index("softmax_group_heads", self.softmax_groups, size, device)
-        mix_g = self._index("mixer_groups", self.mixer_groups, 1, device)
-        mix_h = self._index("mixer_group_heads", self.mixer_groups, size, device)
-        mixed = self.mixer(q[:, :, mix_h], k[:, :, mix_g], v[:, :, mix_g], x, layout=layout, cache=cache)
+        routes = self.routes(q.device)
+        mixed = self.mixer(
+            picked(q, routes.mixer_heads),
+            picked(k, routes.mixer_groups),
+            picked(v, routes.mixer_groups),
+            x,
+            layout=layout,
+            cache=cache,
+        )
         kept = kept_softmax(
-            q[:, :, soft_h],
-            k[:, :, soft_g],
-            v[:, :, soft_g],
+            picked(q, routes.soft_heads),
+            picked(k, routes.soft_groups),
+            picked(v, routes.soft_groups),
             scale=self.anatomy.scale,
             window=self.anatomy.window,
             layout=layout,
             cache=cache,
         )
-        out = torch.zeros_like(q).index_copy(2, mix_h, mixed.to(q.dtype))
-        kept_all = torch.zeros_like(q).index_copy(2, soft_h, kept.to(q.dtype))
-        is_soft = self._index("is_softmax", [int(h in self.softmax_heads) for h in range(q.shape[2])], 1, device)
-        return torch.where((is_soft > 0)[:, None], kept_all, out)
+        return picked(torch.cat([mixed.to(q.dtype), kept.to(q.dtype)], dim=2), routes.outputs)

@@ -1,0 +1,51 @@
+"""What `--compile` compiles: whole decoder layers where a stage runs them, else swapped attention, else the mixers.
+
+Layers of one shape share one compiled program, the student's and the teacher's each their own. It joins what surrounds
+the products and kernels: casts, norms, rotations, feature maps, gates, residuals, and their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+# Programs of one layer's code: each number of kept key groups and each branch that is switched off has its own.
+PROGRAMS = 64
+
+
+def mixers(student: Any) -> list[nn.Module]:
+    return [attention.mixer for _, attention in student.mixer_layers()]
+
+
+def attentions(student: Any) -> list[Any]:
+    """The swapped attention modules, with the tensors that compiled code cannot make for all of them alike."""
+    found = []
+    for _, attention in student.mixer_layers():
+        attention.routes(attention.o_proj.weight.device)
+        found.append(attention)
+    return found
+
+
+def decoder_layers(student: Any, model: Any) -> list[nn.Module]:
+    """Every layer of `model`, the student or its teacher, that lies beside the student's swapped ones."""
+    paths = [attention.path for attention in attentions(student)]
+    lists = dict.fromkeys(path.rpartition(".")[0].rpartition(".")[0] for path in paths)
+    return [layer for path in lists for layer in model.get_submodule(path)]
+
+
+@contextmanager
+def compiled(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, calls of the modules run compiled; they are left as they were."""
+    modules = list(modules)
+    for module in modules:
+        module.compile()
+    try:
+        with torch._dynamo.config.patch(recompile_limit=PROGRAMS):
+            yield
+    finally:
+        for module in modules:
+            module._compiled_call_impl = None
