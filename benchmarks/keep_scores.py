@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from linearize.bench.record import header
 from linearize.calibrate import PASSAGE, measure, passages_on, sequences
 from linearize.convert import convert
-from linearize.convert.anatomy import read_anatomy
-from linearize.convert.keep import as_many, parse_auto
 from linearize.evaluate import evaluate
 from linearize.modeling import branch_off
 from linearize.source import ModelSource, load_model, load_tokenizer
+from linearize.surgery.anatomy import read_anatomy
+from linearize.surgery.keep import as_many, parse_auto
 
 WINDOW, SINKS = 64, 1
 

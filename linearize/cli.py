@@ -118,8 +118,8 @@ def _swap(options: dict[str, Any]) -> dict[str, Any]:
 def ls(what: str | None, as_json: bool) -> None:
     """List the mixers, the model families and the recipes there are."""
     from . import mixers
-    from .convert.families import FAMILIES
     from .recipes import shipped
+    from .surgery.families import FAMILIES
 
     lists = {
         "mixers": mixers(),
@@ -148,9 +148,9 @@ def plan_verb(model: str, to: str, as_json: bool, **options: Any) -> None:
     linearize plan meta-llama/Llama-3.1-8B --to gla --keep-softmax every:8
     """
     from .convert import plan
-    from .convert.plan import check_mixer
     from .convert.show import format_plan
     from .source import load_config
+    from .surgery.student import check_mixer
 
     _quiet()
     check_mixer(to)

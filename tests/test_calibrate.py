@@ -16,10 +16,10 @@ from linearize.calibrate.probe import probe_of
 from linearize.calibrate.scores import _gradient
 from linearize.calibrate.statistics import StatisticsOf
 from linearize.convert import convert, plan
-from linearize.convert.keep import Wanted, as_many, kept_heads, parse_auto
 from linearize.convert.show import format_plan
 from linearize.errors import UsageError, UserError
 from linearize.modeling import branch_off
+from linearize.surgery.keep import Wanted, as_many, kept_heads, parse_auto
 
 WINDOW = 8
 
@@ -91,7 +91,7 @@ def test_induction_is_the_attention_to_what_followed():
 
 
 def anatomies(family="llama", **overrides):
-    from linearize.convert.anatomy import read_anatomy
+    from linearize.surgery.anatomy import read_anatomy
 
     return read_anatomy(tiny_teacher(family, **overrides))
 

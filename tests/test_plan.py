@@ -14,12 +14,12 @@ import torch
 from conftest import tiny_config, tiny_teacher
 
 from linearize.convert import convert, plan
-from linearize.convert.anatomy import read_anatomy
-from linearize.convert.keep import kept_heads
-from linearize.convert.plan import mixer_option_names
 from linearize.convert.show import format_plan, size
 from linearize.errors import UsageError
 from linearize.modeling import LinearizeForCausalLM
+from linearize.surgery.anatomy import read_anatomy
+from linearize.surgery.keep import kept_heads
+from linearize.surgery.student import mixer_option_names
 
 # The shape of Llama-3.1-8B, as its config.json gives it.
 LLAMA_8B = {

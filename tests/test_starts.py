@@ -9,9 +9,9 @@ import torch
 from conftest import tiny_teacher
 
 from linearize.convert import convert
-from linearize.convert.starts import POSITIONS, _second_moment
 from linearize.modeling.attention import rotate
 from linearize.modeling.decay import default_half_lives
+from linearize.surgery.starts import POSITIONS, _second_moment
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from ..convert import convert, student_config
-from ..convert.anatomy import meta_model
+from ..convert import convert
 from ..errors import UsageError
 from ..source import ModelSource, load_config, load_model, load_student, parse_device, parse_dtype
+from ..surgery import student_config
+from ..surgery.anatomy import meta_model
 from . import record
 from .caches import Fresh, cache_bytes, filled
 from .options import MODELS, ModelOptions

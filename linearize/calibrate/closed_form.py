@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..convert.starts import based_projections
 from ..modeling import LinearizeAttention, branch_off
 from ..modeling.based import Based
 from ..modeling.decay import DecayingMixer
@@ -20,6 +19,7 @@ from ..modeling.feature_maps import Hedgehog
 from ..modeling.gated_delta import GatedDelta
 from ..modeling.joins import NormalizedMixer, UnnormalizedMixer
 from ..modeling.linear import LinearAttention
+from ..surgery.starts import based_projections
 from .capture import Seen
 from .statistics import HeadStatistics, far_from, logits_of
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distill.layer_pass import attention_pairs
+from ..distill.layer_pass import Call, attention_pairs, meet_layers
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,15 @@ def fidelity(student: Any, teacher: Any, batches: Sequence[Tensor]) -> dict[int,
     pairs = attention_pairs(student, teacher)
     sums = {layer: torch.zeros(4, dtype=torch.float64) for layer in pairs}
 
-    def hook_for(layer: int, attention: nn.Module) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            target = (output[0] if isinstance(output, tuple) else output).float()
-            found = attention(*args, **(kwargs | {"past_key_values": None}))[0].float()
-            products = (found * target, found * found, target * target, (found - target).square())
-            sums[layer] += torch.stack([product.double().sum() for product in products]).cpu()
+    def meet(layer: int, attention: nn.Module, call: Call, output: Any) -> None:
+        target = (output[0] if isinstance(output, tuple) else output).float()
+        args, kwargs = call
+        found = attention(*args, **kwargs)[0].float()
+        products = (found * target, found * found, target * target, (found - target).square())
+        sums[layer] += torch.stack([product.double().sum() for product in products]).cpu()
 
-        return hook
-
-    handles = [
-        original.register_forward_hook(hook_for(layer, attention), with_kwargs=True)
-        for layer, (attention, original) in pairs.items()
-    ]
-    try:
-        for ids in batches:
-            teacher.base_model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for ids in batches:
+        meet_layers(teacher, pairs, {"input_ids": ids}, meet)
     found: dict[int, Fidelity] = {}
     for layer, total in sums.items():
         across, own, other, error = total.tolist()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..convert.swap import swap
+from ..surgery.swap import swap
 
 
 class Restored(nn.Module):

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convert.keep import Wanted, heads_text
 from ..distill.losses import IGNORED, head_losses, head_of
 from ..errors import UsageError
+from ..surgery.keep import Wanted, heads_text
 from .capture import attentions_of, watch
 from .probe import probe_of
 

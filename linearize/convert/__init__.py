@@ -1,7 +1,7 @@
-"""The surgery: from a teacher's anatomy to a plan, from the plan to a student."""
+"""The verbs `plan` and `convert`: surgery, scores and calibrated starts, on models in memory and on folders."""
 
 from .calibrated import convert
 from .folder import convert_folder
-from .plan import Plan, plan, student_config
+from .plan import Plan, plan
 
-__all__ = ["Plan", "convert", "convert_folder", "plan", "student_config"]
+__all__ = ["Plan", "convert", "convert_folder", "plan"]

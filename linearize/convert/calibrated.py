@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from ..calibrate import PASSAGE, CalibrateOptions, calibrate, measure, passages_on, sequences
 from ..errors import UsageError
 from ..modeling import LinearizeForCausalLM
-from .anatomy import read_anatomy
-from .keep import parse_auto
-from .plan import DEFAULT_SINKS, DEFAULT_WINDOW, student_config
-from .swap import swap
+from ..surgery.anatomy import read_anatomy
+from ..surgery.keep import parse_auto
+from ..surgery.student import DEFAULT_SINKS, DEFAULT_WINDOW, student_config
+from ..surgery.swap import swap
 
 
 def convert(

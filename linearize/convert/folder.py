@@ -16,8 +16,9 @@ from ..data import TextSource
 from ..errors import UsageError
 from ..output import check_new, new_folder
 from ..source import ModelSource, load_config, load_model, load_tokenizer, parse_device, parse_dtype
+from ..surgery.student import check_mixer
 from .calibrated import convert
-from .plan import Plan, check_mixer, describe, plan
+from .plan import Plan, describe, plan
 
 _SIZE = re.compile(r"0*[1-9]\d*(\.\d+)?[KMGT]B", re.IGNORECASE)
 

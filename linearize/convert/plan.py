@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import difflib
-import inspect
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,92 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import UsageError
-from ..modeling import MIXERS, SOFTMAX, LinearizeConfig, LinearizeForCausalLM, Mixer
-from .anatomy import family_of, meta_model, read_anatomy
+from ..modeling import LinearizeForCausalLM
+from ..surgery.anatomy import family_of, meta_model, read_anatomy
+from ..surgery.keep import as_many, parse_auto
+from ..surgery.student import check_mixer, student_config
 from .estimates import convert_estimate, distill_estimate
-from .keep import as_many, kept_heads, parse_auto
-
-DEFAULT_WINDOW, DEFAULT_SINKS = 64, 1
-_OF_THE_ANATOMY = ("num_heads", "num_kv_heads", "head_dim", "hidden_size", "scale")
-
-
-def check_mixer(name: str) -> None:
-    """Raises UsageError, with the nearest name, where there is no such mixer."""
-    if name not in MIXERS:
-        near = difflib.get_close_matches(name, MIXERS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise UsageError(f"--to: there is no mixer {name!r}{hint} There are: {', '.join(sorted(MIXERS))}")
-
-
-def mixer_option_names(to: str) -> dict[str, type]:
-    """What `mixer_options` may hold for the mixer `to`, with each option's type; the anatomy gives the rest."""
-    names: dict[str, type] = {}
-    for cls in reversed(MIXERS[to].__mro__):
-        if issubclass(cls, Mixer):
-            for name, parameter in inspect.signature(cls.__init__).parameters.items():
-                if parameter.kind is parameter.KEYWORD_ONLY and name not in _OF_THE_ANATOMY:
-                    names[name] = type(parameter.default)
-    return names
-
-
-def student_config(
-    teacher: PreTrainedModel,
-    to: str,
-    *,
-    keep_softmax: str | Sequence[int] | None = None,
-    window: int | None = None,
-    sinks: int | None = None,
-    mixer_options: dict[str, Any] | None = None,
-) -> LinearizeConfig:
-    """The config of the converted model; `teacher` may be on the meta device. Arguments as in `convert`.
-
-    Raises:
-        UserError, UsageError: the model cannot be converted, or an option is out of range.
-    """
-    check_mixer(to)
-    anatomies = read_anatomy(teacher)
-    kept = kept_heads(keep_softmax, anatomies)
-    window = DEFAULT_WINDOW if window is None else window
-    sinks = (DEFAULT_SINKS if window else 0) if sinks is None else sinks
-    options = {"window": window, "sinks": sinks, **(mixer_options or {})}
-    layers: list[dict[str, Any]] = []
-    for index, anatomy in enumerate(anatomies):
-        heads = kept.get(index, [])
-        if len(heads) == anatomy.num_heads:
-            layers.append({"mixer": SOFTMAX})
-        else:
-            layers.append({"mixer": to, "softmax_heads": heads, "anatomy": anatomy.to_dict()})
-    # With every layer left softmax it is the teacher in the converted format: the end of every comparison.
-    if any(layer["mixer"] != SOFTMAX for layer in layers):
-        _check_options(to, anatomies[0], options)
-    parent = copy.deepcopy(teacher.config)
-    parent.dtype = teacher.dtype
-    return LinearizeConfig(
-        parent_config=parent, layers=layers, mixer_options=options, architectures=["LinearizeForCausalLM"]
-    )
-
-
-def _check_options(to: str, anatomy: Any, options: dict[str, Any]) -> None:
-    known = mixer_option_names(to)
-    for name, value in options.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise UsageError(f"the mixer {to} has no option {name!r}{hint} It has: {', '.join(sorted(known))}")
-        if type(value) is not known[name]:
-            raise UsageError(f"the mixer's option {name} must be {known[name].__name__}, got {value!r}")
-    with torch.device("meta"):
-        try:
-            MIXERS[to](
-                num_heads=anatomy.num_heads,
-                num_kv_heads=anatomy.num_kv_heads,
-                head_dim=anatomy.head_dim,
-                hidden_size=anatomy.hidden_size,
-                **options,
-            )
-        except ValueError as error:
-            raise UsageError(str(error)) from error
 
 
 @dataclass

@@ -20,6 +20,7 @@ from .feed import Item
 from .losses import transfer_loss
 
 Pair = tuple[nn.Module, nn.Module]
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
 Autocast = Callable[[bool], torch.autocast]
 LayerLoss = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any, "Tensor | None"], Tensor]
 
@@ -60,6 +61,31 @@ def attention_loss(
         return transfer_loss(result, target, valid, kind)
 
 
+def meet_layers(
+    teacher: Any, pairs: dict[int, Pair], inputs: Item, meet: Callable[[int, nn.Module, Call, Any], None]
+) -> None:
+    """One forward pass of the teacher's base model over `inputs`, without gradients. After each pair's second module
+    has run, `meet(layer, first module, what the second was called with, its output)`; the call has no cache."""
+
+    def hook_for(layer: int, ours: nn.Module) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            meet(layer, ours, (args, kwargs | {"past_key_values": None}), output)
+
+        return hook
+
+    handles = [
+        original.register_forward_hook(hook_for(layer, ours), with_kwargs=True)
+        for layer, (ours, original) in pairs.items()
+    ]
+    try:
+        with torch.no_grad():
+            # the base model: no logits are needed
+            teacher.base_model(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def transfer_pass(
     teacher: Any,
     pairs: dict[int, Pair],
@@ -79,23 +105,11 @@ def transfer_pass(
     valid = mask.bool() if mask is not None and mask.ndim == 2 else None
     loss_of: LayerLoss = layer_loss or partial(attention_loss, autocast=autocast)
 
-    def hook_for(layer: int, ours: nn.Module) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            with torch.enable_grad():
-                loss = loss_of(ours, args, kwargs | {"past_key_values": None}, output, valid)
-                with autocast(False):
-                    on_loss(layer, loss)
+    def meet(layer: int, ours: nn.Module, call: Call, output: Any) -> None:
+        with torch.enable_grad():
+            loss = loss_of(ours, *call, output, valid)
+            with autocast(False):
+                on_loss(layer, loss)
 
-        return hook
-
-    handles = [
-        original.register_forward_hook(hook_for(layer, ours), with_kwargs=True)
-        for layer, (ours, original) in pairs.items()
-    ]
-    try:
-        with torch.no_grad(), autocast(True):
-            # the base model: no logits are needed
-            teacher.base_model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with autocast(True):
+        meet_layers(teacher, pairs, inputs, meet)

@@ -27,7 +27,7 @@ class Costs:
 
 def costs(model: Any) -> Costs:
     """The bytes of a student, or of a model as it came (a share of 1 and no state), as `plan` counts them."""
-    from ..convert.anatomy import meta_model, read_anatomy
+    from ..surgery.anatomy import meta_model, read_anatomy
 
     config: Any = model.config
     swapped: dict[int, Any] = {}

@@ -259,7 +259,7 @@ def _check_conversion(convert: dict[str, Any], seed: int, where: str) -> None:
 
 def _check_windows(convert: dict[str, Any], stages: list[Stage], where: str) -> None:
     """Raises UsageError for what the stages themselves would refuse, after the conversion."""
-    from ..convert.plan import DEFAULT_WINDOW
+    from ..surgery.student import DEFAULT_WINDOW
 
     window = convert.get("window", DEFAULT_WINDOW)
     for stage in stages:
@@ -282,7 +282,7 @@ def _calibration(options: dict[str, Any], seed: int, where: str = "the recipe") 
 
 
 def _check_mixer(name: str) -> None:
-    from ..convert.plan import check_mixer
+    from ..surgery.student import check_mixer
 
     check_mixer(name)
 

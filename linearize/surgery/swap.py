@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from ..modeling import LinearizeForCausalLM
 from .anatomy import family_of
-from .plan import student_config
 from .starts import start_from_weights
+from .student import student_config
 
 
 def swap(
