@@ -151,6 +151,12 @@ def swap_options(command: Command) -> Command:
             help="Leave softmax: 0,7,14 | every:6 | heads:18.6,17.3 | auto:5 layers | heads:auto:10% of the KV bytes.",
         ),
         click.option(
+            "--keep-window",
+            type=int,
+            default=None,
+            help="Keys that kept heads see.  [default: all; the cache grows]",
+        ),
+        click.option(
             "--to", required=True, metavar="MIXER", help="linear, retention, gla, mamba2, gated_delta, based."
         ),
     ):

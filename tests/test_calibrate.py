@@ -114,6 +114,15 @@ def test_forms_of_auto():
         kept_heads("auto:1", ten)
     with pytest.raises(UsageError, match="not understood"):
         kept_heads("auto", ten)
+    assert parse_auto("heads:auto:10", ten, 256) == Wanted(False, 10, True)
+    with pytest.raises(
+        UsageError, match="10 key groups to choose from with --keep-window, which leaves each layer one"
+    ):
+        parse_auto("heads:auto:11", ten, 256)
+    with pytest.raises(UsageError, match="--keep-window bounds heads, and --keep-softmax auto:1 keeps whole layers"):
+        parse_auto("auto:1", ten, 256)
+    every = kept_heads(as_many(Wanted(False, 10, True), ten), ten)
+    assert len(every) == 10 and all(len(heads) == 2 for heads in every.values())
     assert len(as_many(Wanted(True, 3), ten)) == 3
     assert sum(len(heads) for heads in kept_heads(as_many(Wanted(False, 7), ten), ten).values()) == 14
 
@@ -281,3 +290,30 @@ def test_convert_writes_what_it_measured(tmp_path, monkeypatch):
     assert len(json.loads((out / "calibration.json").read_text())["layers"]) == 2
     again = CliRunner().invoke(main, [*command[:-3], "-o", str(tmp_path / "b"), "--calibrate", "nowhere.jsonl"])
     assert again.exit_code != 0 and "nowhere.jsonl" in again.output and not (tmp_path / "b").exists()
+
+
+def test_bounded_heads_leave_every_layer_a_mixer() -> None:
+    """Of two key groups a layer one is kept at most, however high the other scores."""
+    teacher = tiny_teacher()
+    for method in ("gradient", "induction"):
+        found = measure(teacher, ids(2, 24), Wanted(False, 2, True), window=WINDOW, sinks=1, method=method)
+        assert [layer for layer, _ in found.chosen] == [0, 1]
+    student = convert(
+        teacher, "linear", window=WINDOW, keep_softmax="heads:auto:2", keep_window=12, calibrate_on=ids(8, 24)
+    )
+    assert [attention.softmax_window for _, attention in student.mixer_layers()] == [12, 12]
+    assert all(layer["softmax_window"] == 12 for layer in student.config.layers)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"keep_window": 12}, "--keep-window is for heads that stay softmax"),
+        ({"keep_window": 1, "keep_softmax": "heads:0.1"}, "--keep-window must be at least 2, got 1"),
+        ({"keep_window": 12, "keep_softmax": "0"}, "layer 0 is kept whole, as the teacher's own module"),
+        ({"keep_window": 12, "keep_softmax": "heads:1.0,1.1,1.2,1.3"}, "layer 1 is kept whole"),
+    ],
+)
+def test_windows_of_kept_heads_that_cannot_be(options, message) -> None:
+    with pytest.raises(UsageError, match=message):
+        convert(tiny_teacher(), "linear", **options)

@@ -14,12 +14,21 @@ from linearize.convert import convert
 from linearize.modeling import branch_off
 
 WINDOWS = [0, 8]
-KEEPS = [None, "heads:0.1,1.2,1.3", "0"]
+KEEPS = [None, "heads:0.1,1.2,1.3", "0", "heads:0.1,1.2,1.3 in 12"]  # the last: of 12 keys
 
 
 def student_of(mixer, window=8, keep=None, family="llama", dtype=torch.float64, sinks=None, **options):
     teacher = tiny_teacher(family, dtype)
-    student = convert(teacher, mixer, window=window, sinks=sinks, keep_softmax=keep, mixer_options=options)
+    heads, _, bound = (keep or "").partition(" in ")
+    student = convert(
+        teacher,
+        mixer,
+        window=window,
+        sinks=sinks,
+        keep_softmax=heads,
+        keep_window=int(bound) if bound else None,
+        mixer_options=options,
+    )
     student = shake(student)
     return exact_norms(student) if dtype == torch.float64 else student
 
@@ -257,6 +266,28 @@ def test_kept_heads_are_the_teachers(family, mixer_name):
             keep[:, head * 16 : head * 16 + 16] = 1
             weight.mul_(keep)
         assert relative_error(student(tokens(2, 40)).logits, other(tokens(2, 40)).logits) < 1e-10
+
+
+@torch.no_grad()
+def test_bounded_kept_heads_are_a_sliding_window(mixer_name):
+    """Those of a teacher with a window of its own; and a cache of a size that a longer text does not change."""
+    keep, ids = "heads:0.1,1.2,1.3", tokens(2, 40)
+    sliding = tiny_teacher("mistral", torch.float64, sliding_window=12)
+    bounded = tiny_teacher("mistral", torch.float64, sliding_window=None)
+    bounded.load_state_dict(sliding.state_dict())
+    first = exact_norms(convert(sliding, mixer_name, window=8, keep_softmax=keep))
+    second = exact_norms(convert(bounded, mixer_name, window=8, keep_softmax=keep, keep_window=12))
+    free = exact_norms(convert(bounded, mixer_name, window=8, keep_softmax=keep))
+    out = second(ids, use_cache=True)
+    assert relative_error(out.logits, first(ids).logits) < 1e-12 < relative_error(out.logits, free(ids).logits)
+    held = [layer.bytes() for layer in out.past_key_values.layers]
+    for _ in range(3):
+        out = second(ids[:, :5], past_key_values=out.past_key_values, use_cache=True)
+    assert [layer.bytes() for layer in out.past_key_values.layers] == held
+    attentions = [attention for _, attention in second.mixer_layers()]
+    assert all(attention.kv_bytes_per_token() == 0 for attention in attentions)
+    assert all(a.state_bytes() == a.mixer.state_bytes() + 12 * 2 * 2 * 16 for a in attentions)
+    assert all(attention.kv_bytes_per_token() == 2 * 2 * 16 for _, attention in free.mixer_layers())
 
 
 @torch.no_grad()

@@ -25,7 +25,9 @@ PADDED = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
 
 def student_of(mixer, window=8, keep=None, family="llama", layers=2, **options):
     teacher = tiny_teacher(family, num_hidden_layers=layers)
-    return shake(convert(teacher, mixer, window=window, keep_softmax=keep, mixer_options=options))
+    heads, _, bound = (keep or "").partition(" in ")
+    bound = int(bound) if bound else None
+    return shake(convert(teacher, mixer, window=window, keep_softmax=heads, keep_window=bound, mixer_options=options))
 
 
 def prompt(batch=2, length=6):
@@ -103,7 +105,7 @@ def test_recorded_steps_give_the_same_tokens(mixer_name, window, recordings):
         torch.testing.assert_close(ours.tensors, theirs.tensors)
 
 
-@pytest.mark.parametrize("keep", [None, "0", "heads:0.1,1.2,1.3"])
+@pytest.mark.parametrize("keep", [None, "0", "heads:0.1,1.2,1.3", "heads:0.1,1.2 in 9"])
 def test_a_static_cache_is_recorded(keep, recordings):
     """Kept heads and layers too: their keys have a place from the start."""
     student, ids = student_of("gla", keep=keep), prompt()

@@ -134,7 +134,7 @@ def _models(
         return loaded, {"teacher": source.gguf_file or source.model, "student": str(student)}
     assert options.to is not None
     config = load_config(config_source or ModelSource.of(options.config))
-    swap: dict[str, Any] = {name: getattr(options, name) for name in ("window", "sinks", "keep_softmax")}
+    swap: dict[str, Any] = {name: getattr(options, name) for name in ("window", "sinks", "keep_softmax", "keep_window")}
     swap["mixer_options"] = dict(mixer_options or {})
     student_config(meta_model(config), options.to, **swap)  # what cannot be converted is said before weights are made
     wanted = parse_dtype(dtype)

@@ -129,6 +129,7 @@ class ModelOptions:
     window: int | None = _option(None, "With --config: keys of exact softmax, 0 for none.")
     sinks: int | None = _option(None, "With --config: first tokens always visible.")
     keep_softmax: str | None = _option(None, "With --config: 0,7,14 | every:6 | heads:18.6,17.3.")
+    keep_window: int | None = _option(None, "With --config: keys that kept heads see.")
 
     def __post_init__(self) -> None:
         self.lengths()
@@ -137,7 +138,7 @@ class ModelOptions:
         _at_least(self, 2, "new_tokens")
         _at_least(self, 1, "teacher_max_prefill")
         if self.config is None:
-            for name in ("to", "window", "sinks", "keep_softmax"):
+            for name in ("to", "window", "sinks", "keep_softmax", "keep_window"):
                 if getattr(self, name) is not None:
                     raise UsageError(f"{_flag(name)} goes with --config; a STUDENT is converted already")
         elif self.to is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -101,7 +101,13 @@ def _best(scores: Tensor, kept: Sequence[Pair], wanted: Wanted, unbounded: Seque
         return [(layer, group) for layer in layers for group in range(groups)]
     free_pairs = [(i, g) for i in range(len(scores)) for g in range(groups) if unbounded[i] and (i, g) not in set(kept)]
     free_pairs.sort(key=lambda pair: -float(scores[pair]))
-    return [*kept, *free_pairs[: wanted.count - len(kept)]]
+    chosen = list(kept)
+    for pair in free_pairs:
+        if len(chosen) == wanted.count:
+            break
+        if not wanted.partial or sum(layer == pair[0] for layer, _ in chosen) < groups - 1:
+            chosen.append(pair)
+    return chosen
 
 
 @torch.no_grad()
@@ -166,7 +172,7 @@ def _gradient(
         scores = total.unflatten(1, (groups, -1)).sum(-1)
         scores[bounded] = float("nan")
         first = scores if first is None else first
-        part = Wanted(wanted.layers, -(-wanted.count * turn // ROUNDS))
+        part = replace(wanted, count=-(-wanted.count * turn // ROUNDS))
         chosen = _best(scores, chosen, part, unbounded)
     assert first is not None
     return first, chosen

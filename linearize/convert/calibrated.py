@@ -13,7 +13,7 @@ from ..calibrate import PASSAGE, CalibrateOptions, calibrate, measure, passages_
 from ..errors import UsageError
 from ..modeling import LinearizeForCausalLM
 from ..surgery.anatomy import read_anatomy
-from ..surgery.keep import parse_auto
+from ..surgery.keep import as_many, parse_auto
 from ..surgery.student import DEFAULT_SINKS, DEFAULT_WINDOW, student_config
 from ..surgery.swap import swap
 
@@ -23,6 +23,7 @@ def convert(
     to: str = "based",
     *,
     keep_softmax: str | Sequence[int] | None = None,
+    keep_window: int | None = None,
     window: int | None = None,
     sinks: int | None = None,
     mixer_options: dict[str, Any] | None = None,
@@ -41,6 +42,7 @@ def convert(
         to: a mixer, see `linearize.mixers()`.
         keep_softmax: layers or heads left softmax: a list of layers, or the text of `--keep-softmax`. `auto:5` and
             `heads:auto:10%` choose by scores measured here, which the student has as `.keep_scores`.
+        keep_window: keys that the kept heads see, so that their cache is bounded too; None for everything.
         window: keys of exact softmax beside the linear branch; 64 by default, 0 for none.
         sinks: first tokens that stay visible; 1 by default with a window.
         mixer_options: further options of the mixer, such as `feature_map`.
@@ -66,9 +68,16 @@ def convert(
         tokenizer = tokenizer or load_tokenizer(source)
         model, share_memory = load_model(source), True
     options = calibrate_options or CalibrateOptions(seed=seed)
-    settings: dict[str, Any] = {"window": window, "sinks": sinks, "mixer_options": mixer_options}
-    wanted = parse_auto(keep_softmax, read_anatomy(model))
-    student_config(model, to, keep_softmax=None if wanted else keep_softmax, **settings)  # refuses before it measures
+    settings: dict[str, Any] = {
+        "window": window,
+        "sinks": sinks,
+        "mixer_options": mixer_options,
+        "keep_window": keep_window,
+    }
+    anatomies = read_anatomy(model)
+    wanted = parse_auto(keep_softmax, anatomies, keep_window)
+    known = keep_softmax if wanted is None else as_many(wanted, anatomies)
+    student_config(model, to, keep_softmax=known, **settings)  # refuses before it measures
 
     def text(count: int, length: int) -> Tensor:
         return sequences(calibrate_on, tokenizer, count=count, length=length, seed=options.seed, text_field=text_field)

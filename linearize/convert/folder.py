@@ -97,6 +97,7 @@ def convert_folder(
             mixer=to,
             mixer_options=made.mixer_options,
             softmax_heads={layer.index: layer.softmax_heads for layer in made.layers if layer.softmax_heads},
+            softmax_window=options.get("keep_window"),
             seed=seed,
             tokens=0 if student.calibration is None else student.calibration.tokens,
             calibrated_on=calibrate_on,

@@ -74,7 +74,7 @@ def plan(model: PreTrainedConfig | PreTrainedModel | str | Path, to: str = "base
     teacher = model if isinstance(model, PreTrainedModel) else meta_model(model)
     anatomies = read_anatomy(teacher)
     asked = options.get("keep_softmax")
-    wanted = parse_auto(asked, anatomies)
+    wanted = parse_auto(asked, anatomies, options.get("keep_window"))
     if wanted is not None:  # which ones is measured at the conversion; how many is known
         options["keep_softmax"] = as_many(wanted, anatomies)
     config = student_config(teacher, to, **options)
@@ -116,7 +116,7 @@ def describe(student: LinearizeForCausalLM, teacher: PreTrainedModel, to: str) -
         heads = anatomy.num_kv_heads * anatomy.head_dim * 2 * element
         kv_teacher += heads
         kv += heads if attention is None else attention.kv_bytes_per_token(element)
-        state += 0 if attention is None else attention.mixer.state_bytes(element)
+        state += 0 if attention is None else attention.state_bytes(element)
     facts = {
         "parameters": parameters,
         "new_parameters": new_parameters,

@@ -14,7 +14,8 @@ from ..modeling import LinearizeConfig
 @dataclass(frozen=True)
 class Costs:
     """Bytes of one sequence: `kv_bytes_per_token` of unbounded softmax, the teacher's, the share of the one in the
-    other, and the constant `state_bytes` of mixers, windows and sinks. None where the family is not known."""
+    other, and the constant `state_bytes` of mixers, windows, sinks and bounded kept heads. None where the family is not
+    known."""
 
     kv_bytes_per_token: int | None
     kv_bytes_per_token_teacher: int | None
@@ -47,5 +48,5 @@ def costs(model: Any) -> Costs:
         attention = swapped.get(index)
         whole += heads
         kv += heads if attention is None else attention.kv_bytes_per_token(element)
-        state += 0 if attention is None else attention.mixer.state_bytes(element)
+        state += 0 if attention is None else attention.state_bytes(element)
     return Costs(kv, whole, kv / whole, state)

@@ -112,6 +112,7 @@ def window_alone(student: Any, teacher: Any) -> Any:
             teacher,
             "linear",
             keep_softmax=kept_softmax(config),
+            keep_window=next((layer["softmax_window"] for layer in config.layers if "softmax_window" in layer), None),
             window=options.get("window", 0),
             sinks=options.get("sinks", 0),
             share_memory=True,

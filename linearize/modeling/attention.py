@@ -90,6 +90,7 @@ class LinearizeAttention(nn.Module):
         mixer: a name in `MIXERS`.
         softmax_heads: query heads that stay softmax.
         mixer_options: keyword arguments of the mixer.
+        softmax_window: keys that the kept heads see, None for as many as the teacher's heads do.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class LinearizeAttention(nn.Module):
         mixer: str,
         softmax_heads: list[int],
         mixer_options: dict[str, Any],
+        softmax_window: int | None = None,
     ) -> None:
         super().__init__()
         self.anatomy, self.layer_idx, self.path = anatomy, layer_idx, anatomy.path
@@ -125,6 +127,8 @@ class LinearizeAttention(nn.Module):
         self.softmax_groups = [g for g, flags in enumerate(by_group) if any(flags)]
         self.mixer_groups = [g for g, flags in enumerate(by_group) if not all(flags)]
         self.is_hybrid = bool(kept)
+        bounds = [bound for bound in (anatomy.window, softmax_window) if bound is not None]
+        self.softmax_window = min(bounds, default=None)
         self._routes: dict[torch.device, Routes] = {}
         self.mixer: Mixer = MIXERS[mixer](
             num_heads=len(self.mixer_groups) * size,
@@ -136,7 +140,14 @@ class LinearizeAttention(nn.Module):
         )
 
     def kv_bytes_per_token(self, element_size: int = 2) -> int:
-        """Bytes a token that the kept heads' KV cache grows by."""
+        """Bytes a token that the kept heads' KV cache grows by: none where a window bounds it."""
+        return 0 if self.softmax_window else self._kept_bytes(element_size)
+
+    def state_bytes(self, element_size: int = 2) -> int:
+        """Bytes of one sequence that do not grow with it: the mixer's, and bounded keys and values of kept heads."""
+        return self.mixer.state_bytes(element_size) + (self.softmax_window or 0) * self._kept_bytes(element_size)
+
+    def _kept_bytes(self, element_size: int) -> int:
         return 2 * len(self.softmax_groups) * self.anatomy.head_dim * element_size
 
     def forward(
@@ -235,7 +246,7 @@ class LinearizeAttention(nn.Module):
             picked(k, routes.soft_groups),
             picked(v, routes.soft_groups),
             scale=self.anatomy.scale,
-            window=self.anatomy.window,
+            window=self.softmax_window,
             layout=layout,
             cache=cache,
         )

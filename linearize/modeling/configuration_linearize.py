@@ -4,7 +4,8 @@
 `hidden_size`, `num_hidden_layers`, ...) fall through to it. `layers` has one entry a decoder layer:
 
     {"mixer": "softmax"}                                  left as it was, the teacher's own module
-    {"mixer": "based", "softmax_heads": [3], "anatomy": {...}}   swapped; the listed query heads stay softmax
+    {"mixer": "based", "softmax_heads": [3], "anatomy": {...}}   swapped; the listed query heads stay softmax, and with
+                                                          "softmax_window" see that many keys
 
 and `mixer_options` what all swapped layers share (window, sinks, feature map, ...).
 """

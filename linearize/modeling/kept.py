@@ -1,7 +1,7 @@
 """Causal softmax of the heads that a swapped layer keeps, and their keys and values in its cache.
 
-In a cache that grows they grow. A static cache has room for all of them, or for the teacher's sliding window, in which
-a token takes the slot of the one that has left it.
+In a cache that grows they grow, up to the window of the kept heads where they have one. A static cache has room for all
+of them, or for that window, in which a token takes the slot of the one that has left it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def kept_softmax(
 
     Args:
         q, k, v: [B, T, H, D], [B, T, G, D], [B, T, G, D].
-        window: the teacher's sliding window, None for everything.
+        window: keys that a query sees, itself included: the teacher's sliding window or `--keep-window`; None for all.
         layout: pads and documents of the new tokens.
-        cache: grows by "softmax_k" and "softmax_v", [B, G, keys, D], and "softmax_pads", [B]; a static one has them
-            whole, and the count "softmax_length", [B].
+        cache: grows by "softmax_k" and "softmax_v", [B, G, keys, D], to at most window - 1 keys, and "softmax_pads",
+            [B]; a static one has them whole, and the count "softmax_length", [B].
 
     Returns:
         [B, T, H, D].
@@ -47,8 +47,8 @@ def kept_softmax(
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     pads = layout.pads()
     if cache is not None:
-        k = append(cache, "softmax_k", k, 2)
-        v = append(cache, "softmax_v", v, 2)
+        k = append(cache, "softmax_k", k, 2, window)
+        v = append(cache, "softmax_v", v, 2, window)
         old_pads = cache.get("softmax_pads")
         if old_pads is not None:
             # Pads of a later piece count only for a row that has had nothing but pads.
@@ -69,6 +69,8 @@ def kept_softmax(
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=tokens > 1)
         return out.transpose(1, 2)
     column = torch.arange(keys, device=q.device)
+    if cache is not None and pads is not None:
+        pads = pads - (cache.seen + tokens - keys)  # keys that have left the cache take the oldest pads along
     document = None
     if layout.cu_seqlens is not None:
         document = document_positions(layout.cu_seqlens, batch * tokens)[0].view(batch, tokens)

@@ -103,7 +103,12 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
             layer = config.layers[index]
             anatomy = AttentionAnatomy(**layer["anatomy"])
             attention = LinearizeAttention(
-                anatomy, index, layer["mixer"], layer.get("softmax_heads", []), config.mixer_options
+                anatomy,
+                index,
+                layer["mixer"],
+                layer.get("softmax_heads", []),
+                config.mixer_options,
+                layer.get("softmax_window"),
             )
             self.set_submodule(anatomy.path, attention)
         self._use_padding_mask()

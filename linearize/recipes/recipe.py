@@ -37,6 +37,7 @@ _CONVERT: dict[str, Any] = {
     "window": int | None,
     "sinks": int | None,
     "keep_softmax": str | list | None,
+    "keep_window": int | None,
     "mixer_options": dict[str, Any] | None,
     "calibrate": bool | str | None,
     "calibrate_options": dict[str, int] | None,

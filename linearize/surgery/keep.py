@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import UsageError
@@ -17,16 +17,20 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What `auto` asks for: `count` layers, or `count` key groups."""
+    """What `auto` asks for: `count` layers, or `count` key groups; with `partial` of no layer all of them."""
 
     layers: bool
     count: int
+    partial: bool = False
 
 
-def parse_auto(keep: str | Sequence[int] | None, anatomies: Sequence[AttentionAnatomy]) -> Wanted | None:
+def parse_auto(
+    keep: str | Sequence[int] | None, anatomies: Sequence[AttentionAnatomy], keep_window: int | None = None
+) -> Wanted | None:
     """What `auto:5`, `auto:20%`, `heads:auto:9` or `heads:auto:10%` asks for; None for every other form.
 
     Only layers whose keys the teacher does not bound by a window of its own are to choose from, and shares are of them.
+    Bounded by `keep_window`, heads stay in layers that have a mixer too.
 
     Raises:
         UsageError: a number out of range.
@@ -39,14 +43,40 @@ def parse_auto(keep: str | Sequence[int] | None, anatomies: Sequence[AttentionAn
     what = "key groups" if match[1] else "layers"
     if not whole:
         raise UsageError(f"--keep-softmax {keep}: the teacher's own window bounds every layer; name what to keep")
+    partial = keep_window is not None
+    if partial and not match[1]:
+        raise UsageError(
+            f"--keep-window bounds heads, and --keep-softmax {keep} keeps whole layers: give heads:auto:..."
+        )
+    room = whole - len(free) if partial else whole
     amount = float(match[2])
     if match[3]:
         if not 0 < amount <= 100:
             raise UsageError(f"--keep-softmax {keep}: a share is above 0 and at most 100 %")
-        return Wanted(not match[1], max(1, int(whole * amount / 100 + 1e-9)))
-    if amount != int(amount) or not 1 <= amount <= whole:
-        raise UsageError(f"--keep-softmax {keep}: the model has {whole} {what} to choose from; give 1 to {whole}")
-    return Wanted(not match[1], int(amount))
+        amount = max(1, int(whole * amount / 100 + 1e-9))
+    if amount != int(amount) or not 1 <= amount <= room:
+        given = " with --keep-window, which leaves each layer one" if partial else ""
+        raise UsageError(f"--keep-softmax {keep}: the model has {room} {what} to choose from{given}; give 1 to {room}")
+    return Wanted(not match[1], int(amount), partial)
+
+
+def check_keep_window(
+    keep_window: int | None, kept: Mapping[int, Sequence[int]], anatomies: Sequence[AttentionAnatomy]
+) -> None:
+    """Raises UsageError for a window of kept heads that is out of range, or that has no heads, or whole layers, which
+    stay the teacher's own."""
+    if keep_window is None:
+        return
+    if keep_window < 2:
+        raise UsageError(f"--keep-window must be at least 2, got {keep_window}")
+    if not kept:
+        raise UsageError("--keep-window is for heads that stay softmax: name them with --keep-softmax heads:...")
+    whole = [index for index, heads in kept.items() if len(heads) == anatomies[index].num_heads]
+    if whole:
+        raise UsageError(
+            f"--keep-window bounds heads, and layer {', '.join(map(str, whole))} is kept whole, as the teacher's own "
+            "module: leave it a key group"
+        )
 
 
 def as_many(wanted: Wanted, anatomies: Sequence[AttentionAnatomy]) -> str | list[int]:
@@ -54,7 +84,7 @@ def as_many(wanted: Wanted, anatomies: Sequence[AttentionAnatomy]) -> str | list
     free = [index for index, anatomy in enumerate(anatomies) if anatomy.window is None]
     if wanted.layers:
         return [free[(2 * i + 1) * len(free) // (2 * wanted.count)] for i in range(wanted.count)]
-    groups = [(index, group) for index in free for group in range(anatomies[index].num_kv_heads)]
+    groups = [(index, group) for index in free for group in range(anatomies[index].num_kv_heads - wanted.partial)]
     chosen = [groups[(2 * i + 1) * len(groups) // (2 * wanted.count)] for i in range(wanted.count)]
     return heads_text(chosen, anatomies)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..errors import UsageError
 from ..modeling import MIXERS, SOFTMAX, LinearizeConfig, Mixer
 from .anatomy import read_anatomy
-from .keep import kept_heads
+from .keep import check_keep_window, kept_heads
 
 DEFAULT_WINDOW, DEFAULT_SINKS = 64, 1
 _OF_THE_ANATOMY = ("num_heads", "num_kv_heads", "head_dim", "hidden_size", "scale")
@@ -44,6 +44,7 @@ def student_config(
     to: str,
     *,
     keep_softmax: str | Sequence[int] | None = None,
+    keep_window: int | None = None,
     window: int | None = None,
     sinks: int | None = None,
     mixer_options: dict[str, Any] | None = None,
@@ -56,6 +57,7 @@ def student_config(
     check_mixer(to)
     anatomies = read_anatomy(teacher)
     kept = kept_heads(keep_softmax, anatomies)
+    check_keep_window(keep_window, kept, anatomies)
     window = DEFAULT_WINDOW if window is None else window
     sinks = (DEFAULT_SINKS if window else 0) if sinks is None else sinks
     options = {"window": window, "sinks": sinks, **(mixer_options or {})}
@@ -65,7 +67,8 @@ def student_config(
         if len(heads) == anatomy.num_heads:
             layers.append({"mixer": SOFTMAX})
         else:
-            layers.append({"mixer": to, "softmax_heads": heads, "anatomy": anatomy.to_dict()})
+            entry = {"mixer": to, "softmax_heads": heads, "anatomy": anatomy.to_dict()}
+            layers.append(entry | ({"softmax_window": keep_window} if keep_window and heads else {}))
     # With every layer left softmax it is the teacher in the converted format: the end of every comparison.
     if any(layer["mixer"] != SOFTMAX for layer in layers):
         _check_options(to, anatomies[0], options)

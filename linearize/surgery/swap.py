@@ -20,6 +20,7 @@ def swap(
     to: str = "based",
     *,
     keep_softmax: str | Sequence[int] | None = None,
+    keep_window: int | None = None,
     window: int | None = None,
     sinks: int | None = None,
     mixer_options: dict[str, Any] | None = None,
@@ -28,7 +29,13 @@ def swap(
 ) -> LinearizeForCausalLM:
     """The student of a loaded model, started from its weights alone; arguments and errors as in `convert`."""
     config = student_config(
-        model, to, keep_softmax=keep_softmax, window=window, sinks=sinks, mixer_options=mixer_options
+        model,
+        to,
+        keep_softmax=keep_softmax,
+        keep_window=keep_window,
+        window=window,
+        sinks=sinks,
+        mixer_options=mixer_options,
     )
     with torch.device("meta"):
         student = LinearizeForCausalLM(config)
