@@ -31,17 +31,13 @@ Settings = dict[str, Any]
 # group -> recipe and settings of each student
 STUDENTS: dict[str, list[tuple[str, Settings]]] = {
     "mixers": [("default", {"convert.to": mixer}) for mixer in MIXERS],
-    "no-window": [
-        ("default", {"convert.to": mixer, "convert.window": 0, "convert.sinks": 0, "stages.logits.window_dropout": 0})
-        for mixer in MIXERS
-    ],
+    "no-window": [("default", {"convert.to": mixer, "convert.window": 0, "convert.sinks": 0}) for mixer in MIXERS],
     # The windows alone, trained alike: all of the tokens on logits, as transfer has nothing to teach them.
     "control": [
         (
             "default",
             {
                 "stages.logits.linear_branch": False,
-                "stages.logits.window_dropout": 0,
                 "stages.logits.share": 1e6,
                 "stages.transfer.share": 1e4,
             },
@@ -50,6 +46,8 @@ STUDENTS: dict[str, list[tuple[str, Settings]]] = {
     "hybrids": [
         ("default", {"convert.keep_softmax": keep}) for keep in ("heads:auto:9", "heads:auto:5", "auto:6", "every:5")
     ],
+    # No unbounded softmax: the heads that recall see the last 2048 tokens.
+    "bounded": [("default", {"convert.keep_softmax": "heads:auto:9", "convert.keep_window": 2048})],
     "recipes": [(name, {}) for name in ("lolcats", "liger", "mamba-in-llama", "mohawk", "radlads", "halo")],
 }
 
@@ -104,6 +102,7 @@ def student(recipe: str, settings: Settings, options: argparse.Namespace) -> dic
         "mixer": convert["to"],
         "window": convert.get("window", 64),
         "keep_softmax": convert.get("keep_softmax"),
+        "keep_window": convert.get("keep_window"),
         "tokens": made["tokens"],
         "ppl_ratio": found["perplexity"]["ratio"],
         "kl": found["kl"],
