@@ -57,6 +57,66 @@ def keep_table(data: dict[str, Any]) -> list[str]:
     return lines
 
 
+def quality_table(data: dict[str, Any]) -> list[str]:
+    """A line a student, the best of its learning rates: ours, then the published recipes, by KL."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in data["rows"]:
+        if "error" in row:
+            continue
+        told = {name: value for name, value in row["settings"].items() if not name.endswith(".learning_rate")}
+        name = json.dumps([row["recipe"], told, row["tokens"]], sort_keys=True)
+        if name not in best or row["kl"] < best[name]["kl"]:
+            best[name] = row
+    rows = sorted(best.values(), key=lambda row: (row["recipe"] != "default", row["kl"]))
+    contexts = [str(found["context"]) for found in rows[0]["retrieval"]]
+    with_answers = any("squad_dev" in row.get("tasks", {}) for row in rows)
+    lines = [
+        "| student | KV bytes | state | tokens | perplexity / teacher's | KL | recall loss | "
+        f"retrieval at {', '.join(contexts)} |" + (" answers |" if with_answers else ""),
+        "|---" * (8 + with_answers) + "|",
+    ]
+    first = rows[0]
+    lines.append(
+        f"| the teacher | 100% | | | 1 | 0 | {first['recall_teacher']:.2f} | {shares(first, 'teacher')} |"
+        + (f" {first['tasks']['squad_dev']['teacher']:.2f} |" if with_answers else "")
+    )
+    for row in rows:
+        cells = [
+            student_name(row),
+            f"{row['kv_share']:.0%}",
+            f"{row['state_bytes'] / 2**20:.1f} MiB",
+            f"{row['tokens'] / 1e6:.1f}M",
+            f"{row['ppl_ratio']:.3f}",
+            f"{row['kl']:.3f}",
+            f"{row['recall']:.2f}",
+            shares(row, "student"),
+        ]
+        if with_answers:
+            found = row.get("tasks", {}).get("squad_dev")
+            cells.append("-" if found is None else f"{found['student']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Each student the best of its learning rates. {installed(data)}, one {data['hardware']}; "
+        "[JSON](benchmarks/results/quality-smollm2.json), [script](benchmarks/quality.py).",
+    ]
+    return lines
+
+
+def student_name(row: dict[str, Any]) -> str:
+    """Mixer, window and what is kept, and the recipe where it is not ours."""
+    parts = [f"`{row['mixer']}`", f"window {row['window']}" if row["window"] else "no window"]
+    if row["settings"].get("stages.logits.linear_branch") is False:
+        parts = [f"window {row['window']} alone"]
+    if row["keep_softmax"]:
+        parts.append(f"`{row['keep_softmax']}`" + (f" of {row['keep_window']} keys" if row.get("keep_window") else ""))
+    return ("" if row["recipe"] == "default" else f"{row['recipe']}: ") + ", ".join(parts)
+
+
+def shares(row: dict[str, Any], of: str) -> str:
+    return ", ".join(f"{found[of]:.2f}" for found in row["retrieval"])
+
+
 def lengths_table(data: dict[str, Any]) -> list[str]:
     lines = [
         "| context | teacher: cache | prefill | a token | student: state | prefill | a token |",
@@ -175,6 +235,7 @@ def model_table(data: dict[str, Any]) -> list[str]:
 
 
 TABLES = {
+    "quality": (quality_table, "quality-smollm2.json"),
     "keep": (keep_table, "keep-scores-smollm2.json"),
     "transfer": (transfer_table, "transfer-smollm2.json"),
     "lengths": (lengths_table, "lengths-smollm2-cpu.json"),
