@@ -84,7 +84,7 @@ class TrainOptions:
     seed: int = _option(0, "Seed of the order of the data and of everything drawn at random.")
     precision: str = _option("auto", "auto, fp32 or bf16 (autocast); trained parameters are fp32 always.")
     device: str | None = _option(None, "cpu, or the accelerator that is there (default).")
-    compile: bool = _option(False, "Compile the layers: a minute at the start for steps of half the time.")
+    compile: bool = _option(False, "Compile the layers: a later start, shorter steps.")
     save_steps: int = _option(500, "Steps between checkpoints.")
     log_steps: int = _option(10, "Steps between lines of the loss log.")
 
