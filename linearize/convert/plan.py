@@ -33,6 +33,7 @@ class LayerPlan:
     mixer: str
     softmax_heads: list[int] = field(default_factory=list)
     tensors: list[TensorPlan] = field(default_factory=list)
+    softmax_window: int | None = None
 
 
 @dataclass
@@ -91,7 +92,8 @@ def describe(student: LinearizeForCausalLM, teacher: PreTrainedModel, to: str) -
     element = torch.finfo(teacher.dtype).bits // 8
     prefix = family_of(teacher.config).layers
     layers = [
-        LayerPlan(index, layer["mixer"], layer.get("softmax_heads", [])) for index, layer in enumerate(config.layers)
+        LayerPlan(index, layer["mixer"], layer.get("softmax_heads", []), softmax_window=layer.get("softmax_window"))
+        for index, layer in enumerate(config.layers)
     ]
     outside = LayerPlan(-1, "outside the layers")
     teacher_names = set(teacher.state_dict())

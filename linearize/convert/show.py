@@ -68,6 +68,7 @@ def format_plan(plan: Plan, *, tensors: bool = True) -> str:
         outside, *layers = plan.layers
         for label, layer in [("outside the layers", outside), *(_runs(layers))]:
             kept = f", softmax heads {', '.join(map(str, layer.softmax_heads))}" if layer.softmax_heads else ""
+            kept += f" (of the last {layer.softmax_window} keys)" if layer.softmax_window else ""
             title = label if layer.index < 0 else f"layers {label}: {layer.mixer}{kept}"
             lines += ["", title]
             lines += [f"  {tensor.name}  {tensor.shape}  <- {tensor.origin}" for tensor in layer.tensors]
