@@ -109,9 +109,8 @@ def _swap(options: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of `convert` from the flags of `swap_options`."""
     names = ("feature_map", "feature_dim", "state_heads")
     extra = mixer_options(options.pop("extra"), **{name: options.pop(name) for name in names})
-    return {name: options.pop(name) for name in ("keep_softmax", "keep_window", "window", "sinks")} | {
-        "mixer_options": extra
-    }
+    swap = {name: options.pop(name) for name in ("keep_softmax", "keep_window", "window", "sinks")}
+    return swap | {"mixer_options": extra}
 
 
 @main.command("ls")

@@ -50,8 +50,8 @@ def bench_kernels(
     Returns:
         What kernels.json holds: the run's facts, `rows` (`op, provider, tokens, forward_ms, forward_backward_ms,
         forward_peak_gib, forward_backward_peak_gib`, the HBM floors, the output's difference from this package's at the
-        shortest length, each with commit and versions), `decode` and `cold_start`. Figures that could not be taken are
-        None, with `error`.
+        shortest length, each with commit, versions and command), `decode` and `cold_start`. Figures that could not be
+        taken are None, with `error`.
 
     Raises:
         UsageError, UserError: an option, a device or `out` is wrong, or nothing of what was asked for is installed.
@@ -253,7 +253,7 @@ class _Results:
 
     def add(self, name: str, rows: list[Row]) -> None:
         """Adds rows, each with what made it, so that rows of several runs can lie in one file."""
-        origin = {key: self.facts[key] for key in ("commit", "versions")}
+        origin = {key: self.facts[key] for key in ("commit", "versions", "command")}
         if "copy_gbps" in self.facts and name != "cold_start":
             origin["copy_gbps"] = self.facts["copy_gbps"]
         self.new[name] += [row | origin for row in rows]

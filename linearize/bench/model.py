@@ -97,7 +97,7 @@ def bench_model(
     if old is not None and path is not None:
         record.check_same(path, old, results, ("teacher", "student", "dtype", "hardware"))
         results["rows"] = old["rows"]
-    origin = {name: results[name] for name in ("commit", "versions")}
+    origin = {name: results[name] for name in ("commit", "versions", "command")}
     clock = Clock(place)
     for batch in options.batches():
         for context in options.lengths():

@@ -46,7 +46,7 @@ class HeadTrainer(StageTrainer):
         super().__init__(*args, **kwargs)
         options = self.options
         assert isinstance(options, LogitOptions | FinetuneOptions)
-        self.chunk = options.chunk
+        self.chunk, self.compiled = options.chunk, options.compile
         self.ce_weight, self.temperature = 1.0, 1.0
         if self.teacher is not None:
             assert isinstance(options, LogitOptions)
@@ -64,7 +64,7 @@ class HeadTrainer(StageTrainer):
         return batches, torch.stack(counts).sum() if counts else None
 
     def step_losses(self, inputs: Item, num_items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        options, inputs = self.options, dict(inputs)
+        inputs = dict(inputs)
         labels = inputs.pop("labels")
         with self.autocast():
             hidden = self.student.model(**inputs, use_cache=False).last_hidden_state
@@ -82,7 +82,7 @@ class HeadTrainer(StageTrainer):
                 temperature=self.temperature,
                 with_ce=self.ce_weight > 0,
                 chunk=self.chunk,
-                compiled=options.compile,
+                compiled=self.compiled,
             )
         count = num_items.clamp_min(1)
         loss = ((1 - self.ce_weight) * kl + self.ce_weight * ce) / count

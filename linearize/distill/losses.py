@@ -6,6 +6,7 @@ Shapes: B sequences, T positions, D hidden size, V vocabulary, N valid tokens.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -123,7 +124,8 @@ def head_losses(
     targets = targets[scored]
     hidden = hidden.flatten(0, 1)[scored]
     # chunks of one size, where they can be: a compiled program is for one
-    chunk = -(-len(targets) // max(-(-len(targets) // chunk), 1)) or 1
+    count = max(math.ceil(len(targets) / chunk), 1)
+    chunk = max(math.ceil(len(targets) / count), 1)
     losses = _compiled_chunk_losses() if compiled else _chunk_losses
     # split, not slices: backward, a split is one concatenation, each slice a full-size tensor of zeros
     chunks = hidden.split(chunk)

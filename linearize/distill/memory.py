@@ -61,7 +61,7 @@ def training_memory(
     lora = lora_parameters(hidden=hidden, layers=layers, rank=lora_rank, intermediate=width) if lora_rank else 0
     everything = stage == "logits" and not lora_rank
     trained = parameters + new_parameters if everything else new_parameters + lora
-    activations = tokens * (hidden * (MIXER_BYTES + LAYER_BYTES) + 6 * width)
+    activations = graph_bytes(hidden=hidden, layers=1, tokens=tokens, intermediate=intermediate)
     head = 0
     if stage != "transfer":
         # the residual stream is fp32 where the embeddings train

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,24 +18,13 @@ def swap(
     model: PreTrainedModel,
     to: str = "based",
     *,
-    keep_softmax: str | Sequence[int] | None = None,
-    keep_window: int | None = None,
-    window: int | None = None,
-    sinks: int | None = None,
-    mixer_options: dict[str, Any] | None = None,
     share_memory: bool = False,
     seed: int = 0,
+    **options: Any,
 ) -> LinearizeForCausalLM:
-    """The student of a loaded model, started from its weights alone; arguments and errors as in `convert`."""
-    config = student_config(
-        model,
-        to,
-        keep_softmax=keep_softmax,
-        keep_window=keep_window,
-        window=window,
-        sinks=sinks,
-        mixer_options=mixer_options,
-    )
+    """The student of a loaded model, started from its weights alone; `options` of `student_config`, the others and the
+    errors as in `convert`."""
+    config = student_config(model, to, **options)
     with torch.device("meta"):
         student = LinearizeForCausalLM(config)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
