@@ -8,10 +8,13 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import CONFIGS, MIXER_NAMES, exact_norms, relative_error, shake, tiny_teacher
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from linearize.convert import convert
 from linearize.modeling import branch_off
+from linearize.modeling.kept import kept_window
+from linearize.modeling.layout import Layout
 
 WINDOWS = [0, 8]
 KEEPS = [None, "heads:0.1,1.2,1.3", "0", "heads:0.1,1.2,1.3 in 12"]  # the last: of 12 keys
@@ -275,8 +278,10 @@ def test_bounded_kept_heads_are_a_sliding_window(mixer_name):
     sliding = tiny_teacher("mistral", torch.float64, sliding_window=12)
     bounded = tiny_teacher("mistral", torch.float64, sliding_window=None)
     bounded.load_state_dict(sliding.state_dict())
-    first = exact_norms(convert(sliding, mixer_name, window=8, keep_softmax=keep))
-    second = exact_norms(convert(bounded, mixer_name, window=8, keep_softmax=keep, keep_window=12))
+    first = exact_norms(convert(sliding, mixer_name, window=8, sinks=0, keep_softmax=keep))
+    narrow = {"window": 8, "keep_softmax": keep, "keep_window": 12}
+    second = exact_norms(convert(bounded, mixer_name, sinks=0, **narrow))
+    sinks = exact_norms(convert(bounded, mixer_name, sinks=2, **narrow))
     free = exact_norms(convert(bounded, mixer_name, window=8, keep_softmax=keep))
     out = second(ids, use_cache=True)
     assert relative_error(out.logits, first(ids).logits) < 1e-12 < relative_error(out.logits, free(ids).logits)
@@ -286,8 +291,25 @@ def test_bounded_kept_heads_are_a_sliding_window(mixer_name):
     assert [layer.bytes() for layer in out.past_key_values.layers] == held
     attentions = [attention for _, attention in second.mixer_layers()]
     assert all(attention.kv_bytes_per_token() == 0 for attention in attentions)
-    assert all(a.state_bytes() == a.mixer.state_bytes() + 12 * 2 * 2 * 16 for a in attentions)
+    assert all(a.state_bytes() == a.mixer.state_bytes() + 8 + 12 * 2 * 2 * 16 for a in attentions)
+    assert all(a.state_bytes() == a.mixer.state_bytes() + 8 + 14 * 2 * 2 * 16 for _, a in sinks.mixer_layers())
     assert all(attention.kv_bytes_per_token() == 2 * 2 * 16 for _, attention in free.mixer_layers())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True])
+def test_bounded_kept_heads_see_their_window_and_the_sinks(packed):
+    """Against dense softmax under a mask, of documents of 14 and 26 tokens or of one."""
+    draw = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 40, heads, 16, generator=draw, dtype=torch.float64) for heads in (4, 2, 2))
+    bounds = torch.tensor([0, 14, 40]) if packed else None
+    out = kept_window(q, k, v, scale=0.3, window=12, sinks=2, layout=Layout(cu_seqlens=bounds), cache=None)
+    start = torch.tensor([0] * 14 + [14 if packed else 0] * 26)
+    row, column = torch.arange(40).unsqueeze(1), torch.arange(40)
+    seen = (column <= row) & (column >= start.unsqueeze(1)) & ((row - column < 12) | (column - start.unsqueeze(1) < 2))
+    heads = (q, *(x.repeat_interleave(2, dim=2) for x in (k, v)))
+    dense = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in heads), attn_mask=seen, scale=0.3)
+    assert relative_error(out, dense.transpose(1, 2)) < 1e-12
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from ..modeling import LinearizeForCausalLM
 from ..modeling.cache import MixerCacheLayer
 
 _KEPT = ("softmax_k", "softmax_v")  # how a mixer's cache names the keys and values of heads that stayed softmax
+_COUNTS = ("length", "softmax_length")  # and its counts of tokens
 _BEYOND_WINDOW = 32
 
 Fresh = Callable[[], Cache]
@@ -106,8 +107,9 @@ def _stretched(layer: Any, past: int, room: int) -> Any:
         for name in _KEPT:
             if (held := layer.get(name)) is not None and held.shape[2] < past:
                 layer.tensors[name] = torch.cat([held, _random(held, past - held.shape[2])], dim=2)
-        if (count := layer.get("length")) is not None:
-            layer.tensors["length"] = torch.full_like(count, past)
+        for name in _COUNTS:
+            if (count := layer.get(name)) is not None:
+                layer.tensors[name] = torch.full_like(count, past)
         layer.seen = past
         return layer
     if isinstance(layer, DynamicSlidingWindowLayer):
@@ -145,7 +147,7 @@ def _static(cache: Cache, past: int) -> Fresh:
             if name in _KEPT:
                 tensor.normal_()
             else:
-                if name == "length":
+                if name in _COUNTS:
                     tensor.fill_(past)
                 states.append((tensor, tensor.clone()))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .cache import MixerCacheLayer, mixer_cache_layer
 from .configuration_linearize import AttentionAnatomy
-from .kept import kept_softmax
+from .kept import kept_softmax, kept_window
 from .layout import Layout, read_layout
 from .mixer import MIXERS, Mixer
 from .reference import widen
@@ -91,6 +91,7 @@ class LinearizeAttention(nn.Module):
         softmax_heads: query heads that stay softmax.
         mixer_options: keyword arguments of the mixer.
         softmax_window: keys that the kept heads see, None for as many as the teacher's heads do.
+        softmax_sinks: first keys of a document that they see besides, where that is fewer than the teacher's see.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class LinearizeAttention(nn.Module):
         softmax_heads: list[int],
         mixer_options: dict[str, Any],
         softmax_window: int | None = None,
+        softmax_sinks: int = 0,
     ) -> None:
         super().__init__()
         self.anatomy, self.layer_idx, self.path = anatomy, layer_idx, anatomy.path
@@ -127,8 +129,10 @@ class LinearizeAttention(nn.Module):
         self.softmax_groups = [g for g, flags in enumerate(by_group) if any(flags)]
         self.mixer_groups = [g for g, flags in enumerate(by_group) if not all(flags)]
         self.is_hybrid = bool(kept)
-        bounds = [bound for bound in (anatomy.window, softmax_window) if bound is not None]
-        self.softmax_window = min(bounds, default=None)
+        # The teacher's own window is the teacher's attention whole, and has no sinks.
+        narrowed = softmax_window is not None and (anatomy.window is None or softmax_window < anatomy.window)
+        self.softmax_window = softmax_window if narrowed else anatomy.window
+        self.softmax_sinks = softmax_sinks if narrowed else 0
         self._routes: dict[torch.device, Routes] = {}
         self.mixer: Mixer = MIXERS[mixer](
             num_heads=len(self.mixer_groups) * size,
@@ -145,7 +149,10 @@ class LinearizeAttention(nn.Module):
 
     def state_bytes(self, element_size: int = 2) -> int:
         """Bytes of one sequence that do not grow with it: the mixer's, and bounded keys and values of kept heads."""
-        return self.mixer.state_bytes(element_size) + (self.softmax_window or 0) * self._kept_bytes(element_size)
+        size = self.mixer.state_bytes(element_size)
+        if self.is_hybrid and self.softmax_window:
+            size += 8 + (self.softmax_window + self.softmax_sinks) * self._kept_bytes(element_size)
+        return size
 
     def _kept_bytes(self, element_size: int) -> int:
         return 2 * len(self.softmax_groups) * self.anatomy.head_dim * element_size
@@ -241,13 +248,12 @@ class LinearizeAttention(nn.Module):
             layout=layout,
             cache=cache,
         )
-        kept = kept_softmax(
-            picked(q, routes.soft_heads),
-            picked(k, routes.soft_groups),
-            picked(v, routes.soft_groups),
-            scale=self.anatomy.scale,
-            window=self.softmax_window,
-            layout=layout,
-            cache=cache,
-        )
+        soft = [
+            picked(x, pick) for x, pick in ((q, routes.soft_heads), (k, routes.soft_groups), (v, routes.soft_groups))
+        ]
+        scale, window, sinks = self.anatomy.scale, self.softmax_window, self.softmax_sinks
+        if window is None:
+            kept = kept_softmax(*soft, scale=scale, layout=layout, cache=cache)
+        else:
+            kept = kept_window(*soft, scale=scale, window=window, sinks=sinks, layout=layout, cache=cache)
         return picked(torch.cat([mixed.to(q.dtype), kept.to(q.dtype)], dim=2), routes.outputs)

@@ -52,7 +52,8 @@ class MixerCacheLayer(CacheLayerMixin):
 
     @property
     def is_constant(self) -> bool:
-        """Whether its tensors stay as large as they are: kept heads' keys grow, but in a static cache."""
+        """Whether its tensors stay as large as they are: keys of heads that see everything grow, but in a static
+        cache."""
         return self.is_static or "softmax_k" not in self.tensors
 
     def get(self, name: str) -> Tensor | None:
@@ -187,15 +188,11 @@ def mixer_cache_layer(cache: Cache | None, index: int) -> MixerCacheLayer | None
     return fresh
 
 
-def append(layer: MixerCacheLayer, name: str, new: Tensor, dim: int, window: int | None = None) -> Tensor:
-    """Grows the tensor `name` of `layer` by `new` along `dim` and returns the whole. What is kept of it for the next
-    token is no longer than a `window` that has the token too."""
+def append(layer: MixerCacheLayer, name: str, new: Tensor, dim: int) -> Tensor:
+    """Grows the tensor `name` of `layer` by `new` along `dim` and returns the whole."""
     old = layer.tensors.get(name)
     whole = new if old is None else torch.cat([old.to(new.device), new], dim=dim)
-    length = whole.shape[dim]
-    rest = length if window is None else min(length, window - 1)
-    # A view would keep what it is a view of.
-    layer.tensors[name] = whole if rest == length else whole.narrow(dim, length - rest, rest).clone()
+    layer.tensors[name] = whole
     return whole
 
 

@@ -5,7 +5,8 @@
 
     {"mixer": "softmax"}                                  left as it was, the teacher's own module
     {"mixer": "based", "softmax_heads": [3], "anatomy": {...}}   swapped; the listed query heads stay softmax, and with
-                                                          "softmax_window" see that many keys
+                                                          "softmax_window" see that many keys and the
+                                                          document's first "softmax_sinks"
 
 and `mixer_options` what all swapped layers share (window, sinks, feature map, ...).
 """

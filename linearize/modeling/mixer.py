@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cache import MixerCacheLayer, roll, unroll
+from .cache import MixerCacheLayer
 from .dispatch import linear_attention, window_attention, window_step
 from .layout import Layout
-from .reference import LinearState, document_positions, widen
+from .reference import LinearState, widen
 from .step_reference import MOST_FEATURES
+from .window import carry_sinks, carry_window, locate
 
 MIXERS: dict[str, type[Mixer]] = {}
 
@@ -294,44 +295,18 @@ class Mixer(nn.Module):
     def _windowed(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, layout: Layout, cache: MixerCacheLayer | None
     ) -> Tensor:
-        batch, tokens, window = *q.shape[:2], self.window
-        device = q.device
-        # `start` is the place of each row's first new token in its document; pads come before place 0.
-        start: Tensor | None = None
-        length: Tensor | None = None
-        if layout.cu_seqlens is not None:
-            place = document_positions(layout.cu_seqlens, tokens)[1].unsqueeze(0)
-        else:
-            if cache is not None and cache.get("length") is not None:
-                length = cache.tensors["length"].to(device)
-            start = torch.zeros(batch, dtype=torch.long, device=device) if length is None else length.clone()
-            pads = layout.pads()
-            if pads is not None:
-                start = start - pads
-            place = start.unsqueeze(1) + torch.arange(tokens, device=device)
-
-        def before(new: Tensor | None, name: str) -> Tensor | None:
-            """`new` [B, T, ...] after the W tokens that came before it, or alone where none did."""
-            ring = None if cache is None else cache.get(name)
-            if new is None or ring is None or length is None:
-                return new
-            return torch.cat([unroll(ring.to(new), length), new], dim=1)
-
-        keys, values = before(k, "window_k"), before(v, "window_v")
-        decays, scales = before(gates.log_decay, "window_decay"), before(gates.value_scale, "window_scale")
-        betas = before(gates.beta, "window_beta")
-        assert keys is not None and values is not None
-        sink_k, sink_v = None, None
-        if cache is not None and start is not None:
-            sink_k = self._carry_sinks(cache, "sink_k", k, start)
-            sink_v = self._carry_sinks(cache, "sink_v", v, start)
-            rings = zip(
-                ("window_k", "window_v", "window_decay", "window_scale", "window_beta"), (k, v, *gates), strict=True
+        tokens, window = q.shape[1], self.window
+        piece = locate(layout, cache, "length", q)
+        keys = carry_window(cache, "window_k", k, piece, window)
+        values = carry_window(cache, "window_v", v, piece, window)
+        before = Gates(
+            *(
+                None if gate is None else carry_window(cache, name, gate, piece, window)
+                for name, gate in zip(("window_decay", "window_scale", "window_beta"), gates, strict=True)
             )
-            for name, new in rings:
-                if new is not None:
-                    cache.put(name, roll(cache.get(name), new, start, window))
-            cache.put("length", (start + tokens).clamp(min=0))
+        )
+        sink_k = carry_sinks(cache, "sink_k", k, piece, self.sinks)
+        sink_v = carry_sinks(cache, "sink_v", v, piece, self.sinks)
         near = lse = None
         if self.window_branch:
             near, lse = window_attention(
@@ -341,7 +316,7 @@ class Mixer(nn.Module):
                 window=window,
                 sinks=self.sinks,
                 scale=self.scale,
-                position=start,
+                position=piece.start,
                 sink_k=sink_k,
                 sink_v=sink_v,
                 cu_seqlens=layout.cu_seqlens,
@@ -356,24 +331,13 @@ class Mixer(nn.Module):
             return whole[:, :tokens]
 
         late_k, late_v = delayed(keys), delayed(values)
-        late_gates = Gates(delayed(decays), delayed(scales), delayed(betas))
         assert late_k is not None and late_v is not None
         if not self.linear_branch:
             return self.join(q, None, None, near, lse)
-        weight = (place - window >= self.sinks).unsqueeze(-1).to(torch.float32)
+        weight = (piece.place - window >= self.sinks).unsqueeze(-1).to(torch.float32)
+        late_gates = Gates(*(delayed(gate) for gate in before))
         out, z = self._linear(q, late_k, late_v, late_gates, weight, layout, cache)
         return self.join(q, out, z, near, lse)
-
-    def _carry_sinks(self, cache: MixerCacheLayer, name: str, new: Tensor, start: Tensor) -> Tensor | None:
-        """The first keys of each document [B, S, G, D], filled in as they come."""
-        if not self.sinks:
-            return None
-        old = cache.get(name)
-        index = torch.arange(self.sinks, device=new.device) - start.unsqueeze(1)  # where sink s stands in `new`
-        found = (index >= 0) & (index < new.shape[1])
-        picked = new.gather(1, index.clamp(0, new.shape[1] - 1)[..., None, None].expand(-1, -1, *new.shape[2:]))
-        keep = torch.zeros_like(picked) if old is None else old.to(new)
-        return cache.put(name, torch.where(found[..., None, None], picked, keep))
 
 
 @contextmanager

@@ -109,6 +109,7 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
                 layer.get("softmax_heads", []),
                 config.mixer_options,
                 layer.get("softmax_window"),
+                layer.get("softmax_sinks", 0),
             )
             self.set_submodule(anatomy.path, attention)
         self._use_padding_mask()

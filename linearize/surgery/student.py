@@ -59,8 +59,10 @@ def student_config(
     kept = kept_heads(keep_softmax, anatomies)
     check_keep_window(keep_window, kept, anatomies)
     window = DEFAULT_WINDOW if window is None else window
+    kept_sinks = DEFAULT_SINKS if sinks is None else sinks
     sinks = (DEFAULT_SINKS if window else 0) if sinks is None else sinks
     options = {"window": window, "sinks": sinks, **(mixer_options or {})}
+    bound = {"softmax_window": keep_window, "softmax_sinks": kept_sinks}
     layers: list[dict[str, Any]] = []
     for index, anatomy in enumerate(anatomies):
         heads = kept.get(index, [])
@@ -68,7 +70,7 @@ def student_config(
             layers.append({"mixer": SOFTMAX})
         else:
             entry = {"mixer": to, "softmax_heads": heads, "anatomy": anatomy.to_dict()}
-            layers.append(entry | ({"softmax_window": keep_window} if keep_window and heads else {}))
+            layers.append(entry | (bound if keep_window and heads else {}))
     # With every layer left softmax it is the teacher in the converted format: the end of every comparison.
     if any(layer["mixer"] != SOFTMAX for layer in layers):
         _check_options(to, anatomies[0], options)
