@@ -163,10 +163,11 @@ def test_statistics_are_the_naive_ones():
 
 
 @pytest.mark.parametrize("name", ["retention", "gla", "mamba2", "gated_delta"])
-def test_scales_are_the_least_squares(name):
+@pytest.mark.parametrize("gains", [True, False])
+def test_scales_are_the_least_squares(name, gains):
     """At the fitted scales no change of them brings the output nearer to the teacher's."""
     teacher, tokens = tiny_teacher(), ids(3, 40)
-    student = shake(convert(teacher, name, window=WINDOW))
+    student = shake(convert(teacher, name, window=WINDOW, mixer_options={"gains": gains}))
     watch(
         teacher,
         attentions_of(student),
@@ -185,7 +186,8 @@ def test_scales_are_the_least_squares(name):
         with torch.enable_grad():
             out = mixer(seen.q, seen.k, seen.v, seen.x)
             loss = (out - target.transpose(1, 2)).square().sum()
-            slopes = torch.autograd.grad(loss, [mixer.linear_scale, mixer.window_scale])
+            scales = [mixer.linear_scale] if gains else [mixer.linear_scale, mixer.window_scale]
+            slopes = torch.autograd.grad(loss, scales)
         found[layer] = float(torch.cat(slopes).abs().max() / target.square().sum())
 
     watch(teacher, attentions_of(student), tokens, error)

@@ -171,7 +171,13 @@ def test_the_mixer_reads_the_state_as_it_was_a_window_ago():
     scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * mixer.scale
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     near = torch.einsum("bhij,bjhv->bihv", weights, v.repeat_interleave(2, 2))
-    expected = mixer.window_scale[:, None] * near + mixer.linear_scale[:, None] * far
+    lse = scores.masked_fill(hidden, float("-inf")).logsumexp(-1).transpose(1, 2)
+    count = (torch.arange(tokens, dtype=torch.float64) - window - sinks + 1).clamp(min=0)[:, None]
+    horizon = mixer.log_horizon.exp()
+    gain = mixer.gain + torch.einsum("bihd,hd->bih", q, mixer.gain_q) * mixer.scale
+    mass = horizon * (1 - (-count / horizon).exp()) * gain.exp()
+    share = (mass / (mass + lse.exp()))[..., None]
+    expected = (1 - share) * near + share * mixer.linear_scale[:, None] * far
     assert relative_error(mixer(q, k, v, x), expected) < 1e-10
 
 

@@ -79,7 +79,7 @@ def linear_arguments(
         arguments["q"], arguments["k"] = arguments["q"].abs(), arguments["k"].abs()
     if join != "none" and near:
         arguments["near"] = draw(batch, heads, values, dtype=torch.float32)
-        if join == "share":
+        if join == "share" or "lse" in extras:
             arguments["lse"] = draw(batch, heads, dtype=torch.float32)
         else:
             arguments["window_scale"] = draw(heads, dtype=torch.float32)
@@ -123,6 +123,8 @@ LINEAR_CASES = [
     {"feature": "relu", "join": "share", "extras": ("weight",)},
     {"feature": "taylor", "join": "share", "extras": ("weight",), "channels": 5},
     {"feature": "unit", "decay": "scalar", "join": "norm", "extras": ("weight", "beta", "count")},
+    {"feature": "softmax", "decay": "scalar", "join": "norm", "extras": ("weight", "value_scale", "skip", "lse")},
+    {"feature": "unit", "decay": "scalar", "join": "norm", "extras": ("weight", "beta", "count", "lse"), "values": 20},
     {"decay": "scalar", "extras": ("beta",), "channels": 19, "values": 20},
     {"heads": 3, "groups": 3, "channels": 16, "values": 40, "decay": "scalar"},
     {"heads": 6, "groups": 2, "channels": 33, "values": 17, "feature": "hedgehog", "join": "share"},
@@ -138,8 +140,9 @@ def test_linear_step(case, dtype):
     compare_linear(arguments, dtype)
 
 
+@pytest.mark.parametrize("extras", [(), ("lse",)])
 @pytest.mark.parametrize("shared", ["none", "share", "norm"])
-def test_value_tiles(shared, monkeypatch):
+def test_value_tiles(shared, extras, monkeypatch):
     """Several tiles a state, over programs or inside one; a norm over values that do not fit is torch's."""
     from linearize.kernels import step
 
@@ -148,7 +151,8 @@ def test_value_tiles(shared, monkeypatch):
         monkeypatch.setattr(step, "LARGEST_TILE", 512)
     assert choose_tile(16, 64, shared).split == (4 if shared == "none" else 1)
     join = "none" if shared == "none" else shared
-    compare_linear(linear_arguments(torch.float32, channels=16, values=60, join=join, decay="scalar"), torch.float32)
+    case = {"channels": 16, "values": 60, "join": join, "decay": "scalar", "extras": extras}
+    compare_linear(linear_arguments(torch.float32, **case), torch.float32)
 
 
 def test_a_step_is_the_recurrence():
@@ -176,7 +180,9 @@ def test_delta_step():
     close(ours["kv"], exact["kv"], 1e-5)
 
 
-def window_arguments(dtype, *, window=8, sinks=0, places=(0, 21), heads=4, groups=2, dim=16, gates=(), gains=False):
+def window_arguments(
+    dtype, *, window=8, sinks=0, places=(0, 21), heads=4, groups=2, dim=16, gates=(), gains=False, horizon=()
+):
     draw = Draw(dtype, 3)
     batch = len(places)
     arguments = {
@@ -200,6 +206,8 @@ def window_arguments(dtype, *, window=8, sinks=0, places=(0, 21), heads=4, group
         arguments["gain"] = draw(heads, dtype=torch.float32)
         arguments["gain_q"] = draw(heads, dim, dtype=torch.float32)
         arguments["gain_k"] = draw(groups, dim, dtype=torch.float32)
+    if horizon:
+        arguments["log_horizon"] = torch.tensor(horizon, device=DEVICE).log()
     return arguments
 
 
@@ -221,6 +229,7 @@ WINDOW_CASES = [
     {"gates": ("log_decay", "value_scale")},
     {"gates": ("vector",), "heads": 2},
     {"gates": ("log_decay", "beta"), "sinks": 3, "gains": True, "heads": 6},
+    {"sinks": 1, "gains": True, "horizon": (1.0, 30.0, 4096.0, 1e6), "places": (0, 7, 8, 9, 40, 3000)},
 ]
 
 

@@ -46,7 +46,7 @@ def test_near_and_far_keys_share_one_denominator(gains):
 
 @torch.no_grad()
 def test_a_decaying_branch_is_normed_and_added():
-    mixer = Retention(num_heads=4, num_kv_heads=2, head_dim=8, window=W, sinks=S).double()
+    mixer = Retention(num_heads=4, num_kv_heads=2, head_dim=8, window=W, sinks=S, gains=False).double()
     shake_parameters(mixer)
     q, k, v, _, wide_v, distance, near, far, scores, features = heads_and_places(mixer)
     log_gamma = -math.log(2) / mixer.log_half_life.exp().repeat_interleave(2)
@@ -56,6 +56,25 @@ def test_a_decaying_branch_is_normed_and_added():
     window = torch.einsum("bhij,bjhv->bihv", scores.masked_fill(~near, float("-inf")).softmax(-1), wide_v)
     expected = mixer.window_scale[:, None] * window + mixer.linear_scale[:, None] * normed
     assert relative_error(mixer(q, k, v), expected) < 1e-10
+
+
+@torch.no_grad()
+def test_a_decaying_branch_weighs_what_its_state_holds():
+    mixer = Retention(num_heads=4, num_kv_heads=2, head_dim=8, window=W, sinks=S).double()
+    shake_parameters(mixer)
+    q, k, v, _, wide_v, distance, near, far, scores, features = heads_and_places(mixer)
+    log_gamma = -math.log(2) / mixer.log_half_life.exp().repeat_interleave(2)
+    decay = (log_gamma[:, None, None] * (distance - W).clamp(min=0)).exp()
+    out = torch.einsum("bhij,bjhv->bihv", features * decay * far, wide_v)
+    branch = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + mixer.EPS) * mixer.norm_weight
+    branch = branch * mixer.linear_scale[:, None]
+    exps = scores.exp() * near
+    window = torch.einsum("bhij,bjhv->bihv", exps, wide_v)
+    horizon = mixer.log_horizon.exp()
+    mass = (horizon * (1 - (-far.sum(-1)[:, None] / horizon).exp())).T
+    mass = mass * (mixer.gain[:, None] + torch.einsum("bihd,hd->bhi", q, mixer.gain_q) * mixer.scale).exp()
+    mass, total = (x.transpose(1, 2).unsqueeze(-1) for x in (mass, exps.sum(-1)))
+    assert relative_error(mixer(q, k, v), (window + mass * branch) / (total + mass)) < 1e-10
 
 
 def shake_parameters(mixer: torch.nn.Module) -> None:

@@ -189,6 +189,7 @@ def test_options_are_known_by_mixer():
     assert mixer_option_names("gla") == {
         "window": int,
         "sinks": int,
+        "gains": bool,
         "state_heads": str,
         "feature_map": str,
         "gate_rank": int,

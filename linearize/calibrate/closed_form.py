@@ -1,8 +1,8 @@
 """Starts that follow from the teacher's attention in closed form, mixer by mixer.
 
 Half-lives from the mean attention distance; Based's projections from second moments; a feature map's temperature from a
-grid; the gain of a normalised mixer by weighted least squares on the log of the far mass; the two scales of an
-unnormalised one by least squares on the teacher's output. Shapes as in statistics.py.
+grid; the gain by weighted least squares on the log of the far mass; the scales of an unnormalised mixer by least
+squares on the teacher's output. Shapes as in statistics.py.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..modeling import LinearizeAttention, branch_off
+from ..modeling import LinearizeAttention
 from ..modeling.based import Based
 from ..modeling.decay import DecayingMixer
 from ..modeling.feature_maps import Hedgehog
 from ..modeling.gated_delta import GatedDelta
+from ..modeling.join_reference import log_mass
 from ..modeling.joins import NormalizedMixer, UnnormalizedMixer
 from ..modeling.linear import LinearAttention
 from ..surgery.starts import based_projections
@@ -69,6 +70,8 @@ def start_from_batch(attention: LinearizeAttention, seen: Seen) -> None:
         if mixer.window:
             _fit_gain(attention, mixer, seen)
     elif isinstance(mixer, UnnormalizedMixer):
+        if mixer.weighed:
+            _fit_gain(attention, mixer, seen)
         _fit_scales(attention, mixer, seen)
 
 
@@ -138,19 +141,31 @@ def _fit_temperature(attention: LinearizeAttention, mixer: NormalizedMixer, seen
         parameter.copy_(start * factor[:, None, None])
 
 
-def _fit_gain(attention: LinearizeAttention, mixer: NormalizedMixer, seen: Seen) -> None:
+def _masses(mixer: NormalizedMixer | UnnormalizedMixer, q: Tensor, k: Tensor) -> Callable[[int, Tensor], Tensor]:
+    """The far side's mass before the gain, [H', T] of row b, given which keys are far, [H', T, T]: the weights' sum, or
+    how many keys a decaying state holds."""
+    if isinstance(mixer, NormalizedMixer):
+        weights = _weights(mixer, q, k)
+        return lambda b, far: (weights(b) * far).sum(-1)
+    assert mixer.log_horizon is not None
+    count = far_from(q.shape[1], mixer.window, mixer.sinks, q.device).sum(-1, keepdim=True)
+    held = log_mass(count, mixer.log_horizon).exp().T
+    return lambda b, far: held
+
+
+def _fit_gain(attention: LinearizeAttention, mixer: NormalizedMixer | UnnormalizedMixer, seen: Seen) -> None:
     """g = c + w . q with e^g z the teacher's far mass: least squares on its log, a token weighing as its share of far
     mass is open, m (1 - m)."""
     assert mixer.gain is not None
     q, k, _ = _mixed(attention, seen)
-    weights = _weights(mixer, q, k)
+    masses = _masses(mixer, q, k)
     size = mixer.head_dim + 1 if mixer.gain_q is not None else 1
     normal = torch.zeros(mixer.num_heads, size, size, dtype=torch.float64, device=q.device)
     right = torch.zeros(mixer.num_heads, size, dtype=torch.float64, device=q.device)
     for b in range(len(q)):
         scores, far_scores, far = _far_logits(attention, seen, b)
         mass = far_scores.logsumexp(-1)  # [H', T]
-        found = (weights(b) * far).sum(-1)
+        found = masses(b, far)
         share = (mass - scores.logsumexp(-1)).exp()
         use = far.any(-1) & (found > 1e-20) & mass.isfinite()
         weight = torch.where(use, share * (1 - share) + 1e-4, 0.0).double()
@@ -170,25 +185,28 @@ def _fit_gain(attention: LinearizeAttention, mixer: NormalizedMixer, seen: Seen)
 
 
 def _fit_scales(attention: LinearizeAttention, mixer: UnnormalizedMixer, seen: Seen) -> None:
-    """a and b of `a * window + b * norm(linear)`, the least squares on the teacher's output, a head at a time."""
+    """The scales of the branches that are added, least squares on the teacher's output, a head at a time: b of the
+    linear one, and a of the window where the far mass does not weigh it."""
     q, k, v = _mixed(attention, seen)
     target = _teacher_output(attention, seen)
-    parts = []
-    if mixer.window:
-        with branch_off(mixer, "linear"):
-            parts.append(mixer(q, k, v, seen.x).float())
-        with branch_off(mixer, "window"):
-            parts.append(mixer(q, k, v, seen.x).float())
+    whole = mixer(q, k, v, seen.x).float()
+    kept = mixer.linear_scale.clone()
+    mixer.linear_scale.zero_()
+    rest = mixer(q, k, v, seen.x).float() if mixer.window else torch.zeros_like(whole)
+    mixer.linear_scale.copy_(kept)
+    parts = [whole - rest]
+    if mixer.window_scale is not None:
+        parts.append(rest)
     else:
-        parts.append(mixer(q, k, v, seen.x).float())
+        target = target - rest
     given = torch.stack(parts, -1)  # [B, T, H', V, n]
     normal = torch.einsum("bthvx,bthvy->hxy", given, given).double()
     right = torch.einsum("bthvx,bthv->hx", given, target).double()
     normal = normal + torch.diag_embed(1e-6 * normal.diagonal(dim1=-2, dim2=-1) + 1e-12)
     solution = torch.linalg.solve(normal, right).float()
-    mixer.linear_scale.mul_(solution[:, -1])
+    mixer.linear_scale.mul_(solution[:, 0])
     if mixer.window_scale is not None:
-        mixer.window_scale.mul_(solution[:, 0])
+        mixer.window_scale.mul_(solution[:, 1])
 
 
 def _teacher_output(attention: LinearizeAttention, seen: Seen) -> Tensor:

@@ -154,6 +154,7 @@ def _start_of(name: str, to: str) -> str:
         "norm_weight": "one",
         "linear_scale": "share of the teacher's value size",
         "window_scale": "one",
+        "log_horizon": "the states' half-lives",
         "log_half_life": "half-lives log-spaced from 16 to 4096 tokens",
         "gate_down": "random",
         "gate_up": "zero",

@@ -2,18 +2,19 @@
 
 A mixer's matrix M [B, H, T, T] is read off by running it with values that are columns of the identity, D at a time:
 out_i = sum_j M_ij v_j. Mixers that put an RMS norm on their linear branch are not linear in their values; given the
-values that the layer has, they are, row by row: o_i = (a near_ij + b linear_ij / rms_i) v_j. So `linear` and `near` are
-read before the join, and rms comes from the real values. The norm's weight on single channels stands at its mean.
+values that the layer has, they are, row by row: o_i = (a_i near_ij + b_i linear_ij / rms_i) v_j. So `linear` and `near`
+are read before the join, and rms, a and b come from the real values. The norm's weight on single channels stands at its
+mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..modeling.joins import UnnormalizedMixer
 from ..modeling.layout import Layout
@@ -33,17 +34,29 @@ def eager_attention(teacher: Any) -> Iterator[None]:
         teacher.set_attn_implementation(before)
 
 
-@contextmanager
-def _before_the_join(mixer: nn.Module, seen: list[tuple[Tensor | None, Tensor | None]]) -> Iterator[None]:
-    """Collects what each call of the mixer joins: its linear branch and its window, [B, T, H, D] or None."""
+class _Joined(NamedTuple):
+    """The linear branch and the window of one call, [B, T, H, D] or None, and their log-odds where these weigh them."""
 
-    def join(q: Tensor, out: Tensor | None, z: Tensor | None, near: Tensor | None, lse: Tensor | None) -> Tensor:
-        seen.append((out, near))
+    linear: Tensor | None
+    near: Tensor | None
+    odds: Tensor | None
+
+
+@contextmanager
+def _before_the_join(mixer: UnnormalizedMixer, seen: list[_Joined]) -> Iterator[None]:
+    """Collects what each call of the mixer joins."""
+
+    def join(
+        q: Tensor, out: Tensor | None, z: Tensor | None, near: Tensor | None, lse: Tensor | None, far: Tensor | None
+    ) -> Tensor:
+        weigh = mixer.weighed and out is not None and lse is not None and far is not None
+        odds = mixer.odds(widened(q), lse, far) if weigh and lse is not None and far is not None else None
+        seen.append(_Joined(out, near, odds))
         whole = out if out is not None else near
         assert whole is not None
         return whole
 
-    mixer.join = join  # type: ignore[assignment]
+    mixer.join = join  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -67,7 +80,7 @@ def mixing_matrix(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     mixer = attention.mixer
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = mixer.register_forward_pre_hook(lambda _, a, k: calls.append((a, k)), with_kwargs=True)
-    joined: list[tuple[Tensor | None, Tensor | None]] = []
+    joined: list[_Joined] = []
     by_parts = isinstance(mixer, UnnormalizedMixer)
     try:
         with _before_the_join(mixer, joined) if by_parts else torch.enable_grad():
@@ -92,15 +105,20 @@ def mixing_matrix(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return matrix(mixer(q, k, columns, x, layout=layout))
     with _before_the_join(mixer, joined):
         mixer(q, k, columns, x, layout=layout)
-    (values, _), (linear, near) = joined
+    (values, _, odds), (linear, near, _) = joined
+
+    def of_queries(weights: Tensor) -> Tensor:  # to [B, H, T, 1]
+        return weights.reshape(batch, tokens, heads).transpose(1, 2).unsqueeze(-1)
+
     total = q.new_zeros(batch, heads, tokens, tokens)
     if linear is not None and values is not None:
-        size = torch.rsqrt(widened(values).square().mean(-1) + mixer.EPS).reshape(batch, tokens, heads).transpose(1, 2)
-        scale = mixer.linear_scale * mixer.norm_weight.mean(-1)
-        total = total + scale[:, None, None] * size.unsqueeze(-1) * matrix(linear)
+        size = torch.rsqrt(widened(values).square().mean(-1) + mixer.EPS)
+        size = size * mixer.linear_scale * mixer.norm_weight.mean(-1)
+        total = total + of_queries(size if odds is None else size * torch.sigmoid(-odds)) * matrix(linear)
     if near is not None:
         scale = torch.ones_like(mixer.linear_scale) if mixer.window_scale is None else mixer.window_scale
-        total = total + scale[:, None, None] * matrix(near)
+        share = scale[:, None, None] if odds is None else of_queries(torch.sigmoid(odds))
+        total = total + share * matrix(near)
     return total
 
 

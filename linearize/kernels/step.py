@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.modeling.join_reference import TINY, join_norm
+from linearize.modeling.join_reference import TINY, join_norm, join_share
 from linearize.modeling.step_reference import FEATURES, JOINS, MOST_FEATURES
 
 from .common import FLOATS, check_runs_here, check_scale, check_shape, on_device, opaque, power_of_2
@@ -135,6 +135,7 @@ def _linear_step_kernel(
     SKIP: tl.constexpr,
     NEAR: tl.constexpr,
     WINDOW_SCALE: tl.constexpr,
+    WEIGHED: tl.constexpr,
     COUNT: tl.constexpr,
 ):
     """A program: COUNT_TILES value tiles of one state, of which SPLIT programs share the columns."""
@@ -230,9 +231,13 @@ def _linear_step_kernel(
                 o = o * tl.load(linear_scale_ptr + h).to(tl.float32)
                 if NEAR:
                     near = tl.load(near_ptr + row, mask=live, other=0.0)
-                    if WINDOW_SCALE:
-                        near = near * tl.load(window_scale_ptr + h).to(tl.float32)
-                    o += near
+                    if WEIGHED:
+                        odds = tl.minimum(tl.load(lse_ptr + head * R + r), 80.0)  # beyond it a far side weighs nothing
+                        o = near + (o - near) / (1 + tl.exp(odds))
+                    else:
+                        if WINDOW_SCALE:
+                            near = near * tl.load(window_scale_ptr + h).to(tl.float32)
+                        o += near
             tl.store(out_ptr + row, o.to(out_ptr.dtype.element_ty), mask=live)
         cols += BV
 
@@ -333,6 +338,7 @@ def _linear_step(
             SKIP=skip is not None,
             NEAR=near is not None,
             WINDOW_SCALE=window_scale is not None,
+            WEIGHED=near is not None and lse is not None,
             COUNT=count is not None,
             num_warps=tile.warps,
             num_stages=1,
@@ -424,6 +430,9 @@ def linear_step(
     )
     if apart:
         assert norm_weight is not None and linear_scale is not None
+        if near is not None and lse is not None:
+            far = join_norm(out, None, norm_weight, linear_scale, None, eps)
+            return join_share(far, torch.ones_like(lse), near, lse).to(v.dtype), None
         return join_norm(out, near, norm_weight, linear_scale, window_scale, eps).to(v.dtype), None
     return out, z if join == "none" and k_state is not None else None
 

@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linearize.modeling.join_reference import HIDDEN
 from linearize.modeling.step_reference import KEY_GAIN_LIMIT, WindowStep
 
 from .common import check_scale, check_shape, on_device, opaque, power_of_2
 from .step import check_place, check_state, check_token
 
-_LIMIT = tl.constexpr(KEY_GAIN_LIMIT)
+_LIMIT, _HIDDEN = tl.constexpr(KEY_GAIN_LIMIT), tl.constexpr(HIDDEN)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -39,6 +40,7 @@ def _window_step_kernel(
     gain_ptr,
     gain_q_ptr,
     gain_k_ptr,
+    log_horizon_ptr,
     near_ptr,
     lse_ptr,
     late_k_ptr,
@@ -64,6 +66,7 @@ def _window_step_kernel(
     GAIN: tl.constexpr,
     GAIN_Q: tl.constexpr,
     GAIN_K: tl.constexpr,
+    HORIZON: tl.constexpr,
 ):
     """A program: one query head. The token's slot is left out of the ring for all, and written by the group's first."""
     pid = tl.program_id(0).to(tl.int64)  # batch * H + head
@@ -120,6 +123,13 @@ def _window_step_kernel(
         lse -= tl.load(gain_ptr + h).to(tl.float32)
     if GAIN_Q:
         lse -= tl.sum(q * tl.load(gain_q_ptr + h * D + d, mask=inside, other=0.0).to(tl.float32), 0)
+    if HORIZON:
+        log_horizon = tl.load(log_horizon_ptr + h).to(tl.float32)
+        count = (place - (W + S - 1)).to(tl.float32)
+        gone = tl.maximum(count, 1.0) * tl.exp(-log_horizon)
+        # 1 - e^-x loses its digits where x is small
+        held = tl.where(gone < 0.02, gone * (1 - gone * (0.5 - gone / 6)), 1 - tl.exp(-gone))
+        lse = tl.where(count > 0, lse - log_horizon - tl.log(held), lse + _HIDDEN)
     tl.store(lse_ptr + pid, lse)
 
     if pid % R == 0:
@@ -176,6 +186,7 @@ def _window_outputs(
     gain: Tensor | None,
     gain_q: Tensor | None,
     gain_k: Tensor | None,
+    log_horizon: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, heads, dim = q.shape
@@ -220,11 +231,12 @@ def _window_step(
     gain: Tensor | None,
     gain_q: Tensor | None,
     gain_k: Tensor | None,
+    log_horizon: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs = _window_outputs(
         q, k, v, window_k, window_v, place, sink_k, sink_v, log_decay, window_decay, value_scale, window_scale,
-        beta, window_beta, gain, gain_q, gain_k, scale,
+        beta, window_beta, gain, gain_q, gain_k, log_horizon, scale,
     )  # fmt: skip
     batch, heads, dim = q.shape
     groups, window = k.shape[1], window_k.shape[1]
@@ -254,6 +266,7 @@ def _window_step(
             flat(gain),
             flat(gain_q),
             flat(gain_k),
+            flat(log_horizon),
             *outputs,
             scale,
             groups,
@@ -272,6 +285,7 @@ def _window_step(
             GAIN=gain is not None,
             GAIN_Q=gain_q is not None,
             GAIN_K=gain_k is not None,
+            HORIZON=log_horizon is not None,
             num_warps=4,
             num_stages=1,
         )
@@ -298,6 +312,7 @@ def window_step(
     gain: Tensor | None = None,
     gain_q: Tensor | None = None,
     gain_k: Tensor | None = None,
+    log_horizon: Tensor | None = None,
 ) -> WindowStep:
     """See `modeling.step_reference.window_step`.
 
@@ -335,10 +350,11 @@ def window_step(
     check_shape("gain", gain, (heads,), q)
     check_shape("gain_q", gain_q, (heads, dim), q)
     check_shape("gain_k", gain_k, (groups, dim), q)
+    check_shape("log_horizon", log_horizon, (heads,), q)
     check_place("place", place, batch, q)
     near, lse, late_k, late_v, weight, late_decay, late_scale, late_beta = _window_step(
         q, k, v, window_k, window_v, place, sink_k, sink_v, log_decay, window_decay, value_scale, window_scale,
-        beta, window_beta, gain, gain_q, gain_k, scale,
+        beta, window_beta, gain, gain_q, gain_k, log_horizon, scale,
     )  # fmt: skip
     return WindowStep(
         near,

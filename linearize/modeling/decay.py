@@ -44,7 +44,12 @@ class DecayingMixer(UnnormalizedMixer):
         self.set_half_lives(default_half_lives(self.num_states))
 
     def set_half_lives(self, half_lives: Tensor) -> None:
-        """Starts the decays so that a key's weight halves in `half_lives` [num_states] tokens."""
+        """Starts the decays so that a key's weight halves in `half_lives` [num_states] tokens, and the horizons."""
+        self.set_decays(half_lives)
+        self.set_horizon(half_lives)
+
+    def set_decays(self, half_lives: Tensor) -> None:
+        """Starts the decays alone."""
         raise NotImplementedError
 
     def gate_size(self) -> int:
@@ -65,6 +70,7 @@ class DecayingMixer(UnnormalizedMixer):
         return simple_linear(self.map_q(q), self.map_k(k), v, key_weight, log_decay=log_decay, **state)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, k_state: Tensor | None, **token: Any) -> Tensor:
-        token.pop("lse", None)  # the two sides are added, not weighed against each other
+        if not self.weighed:
+            token.pop("lse", None)  # the two sides are added, not weighed against each other
         (q, feature), (k, _) = self.map_q.step(q), self.map_k.step(k)
         return linear_step(q, k, v, kv, feature=feature, **self.step_norm(), **token)[0]

@@ -56,7 +56,7 @@ class GatedDelta(DecayingMixer):
         for parameter in (self.beta_weight, self.beta_bias, self.dt_weight, self.A_log):
             init.zeros_(parameter)
 
-    def set_half_lives(self, half_lives: Tensor) -> None:
+    def set_decays(self, half_lives: Tensor) -> None:
         # softplus(bias) = ln 2 / half-life, A = 1
         bias = torch.expm1(math.log(2) / half_lives.double()).log().to(half_lives.dtype)
         with torch.no_grad():
@@ -91,7 +91,8 @@ class GatedDelta(DecayingMixer):
         return out, None, final
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, k_state: Tensor | None, **token: Any) -> Tensor:
-        token.pop("lse", None)
+        if not self.weighed:
+            token.pop("lse", None)
         (q, feature), (k, _) = self.map_q.step(q), self.map_k.step(k)
         if feature != "none":  # the step does one thing to q and k: after another map than the identity, the length
             q, k = activate(widen(q), feature), activate(widen(k), feature)

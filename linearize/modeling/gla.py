@@ -43,7 +43,7 @@ class GLA(DecayingMixer):
         init.normal_(self.gate_down, std=self.gate_down.shape[1] ** -0.5)
         init.zeros_(self.gate_up)
 
-    def set_half_lives(self, half_lives: Tensor) -> None:
+    def set_decays(self, half_lives: Tensor) -> None:
         # logsigmoid(b) / 16 = -ln 2 / half-life
         target = -self.TEMPERATURE * math.log(2) / half_lives.double()
         bias = (target - torch.log(-torch.expm1(target))).to(half_lives.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .reference import widen
 
 TINY = 1e-20  # a weight below it is none
+HIDDEN = 1e4  # a log-sum-exp beside which nothing counts
 
 
 def join_share(out: Tensor, z: Tensor, near: Tensor | None, lse: Tensor | None) -> Tensor:
@@ -26,7 +27,7 @@ def join_share(out: Tensor, z: Tensor, near: Tensor | None, lse: Tensor | None) 
     far = widen(out).masked_fill((z <= 0).unsqueeze(-1), 0) / some.unsqueeze(-1)  # nor has it a gradient
     if near is None or lse is None:
         return far.to(out.dtype)
-    share = torch.sigmoid(some.log() - lse.clamp(min=-1e4))
+    share = torch.sigmoid(some.log() - lse.clamp(min=-HIDDEN))
     share = share.masked_fill(z <= 0, 0).unsqueeze(-1)
     wide = widen(near)
     return (wide + share * (far - wide)).to(near.dtype)
@@ -49,3 +50,12 @@ def join_norm(
     held = widen(near)
     total = total + (held if window_scale is None else held * window_scale.to(held.dtype).unsqueeze(-1))
     return total.to(near.dtype)
+
+
+def log_mass(count: Tensor, log_horizon: Tensor) -> Tensor:
+    """Logarithm of how many keys a decaying state still holds of `count` [..., 1]: h (1 - e^(-count / h)) with the
+    horizon h = exp(`log_horizon`) [H]; -HIDDEN where there is none."""
+    log_horizon = widen(log_horizon)
+    some = count.clamp(min=1).to(log_horizon.dtype)
+    held = log_horizon + torch.log(-torch.expm1(-some * torch.exp(-log_horizon)))
+    return held.masked_fill(count <= 0, -HIDDEN)

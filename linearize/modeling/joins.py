@@ -1,11 +1,13 @@
 """The two ways in which a mixer's linear branch and its window become one output: a shared denominator, or scales.
 
 Shapes: q [B, T, H, D], the linear branch's `out` [B, T, H, V] and normaliser z [B, T, H], the window's output `near`
-[B, T, H, V] and log-sum-exp `lse` [B, T, H]. None stands for a branch that is off.
+[B, T, H, V] and log-sum-exp `lse` [B, T, H], `far` [1 or B, T], how many keys the linear branch has of those before a
+query. None stands for a branch that is off.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .dispatch import join_norm, join_share
+from .join_reference import log_mass
 from .mixer import Mixer
 from .reference import widen
 from .step_reference import KEY_GAIN_LIMIT
@@ -55,11 +58,19 @@ class NormalizedMixer(Mixer):
         if self.gain_k is None:
             return key_weight
         k = widen(k)
-        learned = torch.einsum("btgd,gd->btg", k, self.gain_k.to(k.dtype)) * self.scale
+        learned = (k * self.gain_k.to(k.dtype)).sum(-1) * self.scale
         learned = learned.clamp(-KEY_GAIN_LIMIT, KEY_GAIN_LIMIT).exp()
         return learned if key_weight is None else learned * key_weight
 
-    def join(self, q: Tensor, out: Tensor | None, z: Tensor | None, near: Tensor | None, lse: Tensor | None) -> Tensor:
+    def join(
+        self,
+        q: Tensor,
+        out: Tensor | None,
+        z: Tensor | None,
+        near: Tensor | None,
+        lse: Tensor | None,
+        far: Tensor | None,
+    ) -> Tensor:
         if out is None or z is None:
             assert near is not None
             return near
@@ -69,7 +80,7 @@ class NormalizedMixer(Mixer):
         assert self.gain is not None
         gain = self.gain.to(z.dtype)
         if self.gain_q is not None:
-            gain = gain + torch.einsum("bthd,hd->bth", q.to(z.dtype), self.gain_q.to(z.dtype)) * self.scale
+            gain = gain + (q.to(z.dtype) * self.gain_q.to(z.dtype)).sum(-1) * self.scale
         return join_share(out, z, near, lse - gain)
 
     def window_gains(self) -> dict[str, Tensor | None]:
@@ -84,31 +95,81 @@ class NormalizedMixer(Mixer):
 
 
 class UnnormalizedMixer(Mixer):
-    """Mixers with a decaying state: o = a * window + b * norm(linear), a and b learned a head.
+    """Mixers with a decaying state, whose weights sum to nothing in particular. With a window:
 
-    `norm` is an RMS norm over a head's channels with a learned weight, so that a state's size does not matter.
+        o = (1 - m) window + m b norm(linear),   m = n e^g / (n e^g + sum_near e^s),   g = c + w . q
+
+    where n = h (1 - e^(-t / h)) is how many of the t far keys the state still holds: the far side weighs as much as
+    softmax would give that many keys of the mean weight e^g. c, w, the horizon h and b are learned a head; `norm` is an
+    RMS norm over a head's channels with a learned weight, so that a state's size does not matter.
+
+    Args:
+        gains: False for two constants a head in place of m: o = a * window + b * norm(linear).
     """
 
     START_LINEAR: ClassVar[float] = 0.02
+    START_GAIN: ClassVar[float] = -6.0
     EPS: ClassVar[float] = 1e-6
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, gains: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.norm_weight = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
         self.linear_scale = nn.Parameter(torch.empty(self.num_heads))
-        self.window_scale = nn.Parameter(torch.empty(self.num_heads)) if self.window else None
+        self.weighed = gains and self.window > 0
+        self.gain: nn.Parameter | None = None
+        self.gain_q: nn.Parameter | None = None
+        self.log_horizon: nn.Parameter | None = None
+        self.window_scale: nn.Parameter | None = None
+        if self.weighed:
+            self.gain = nn.Parameter(torch.empty(self.num_heads))
+            self.gain_q = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
+            self.log_horizon = nn.Parameter(torch.empty(self.num_heads))
+        elif self.window:
+            self.window_scale = nn.Parameter(torch.empty(self.num_heads))
 
     def reset_parameters(self) -> None:
         init.ones_(self.norm_weight)
         init.constant_(self.linear_scale, self.START_LINEAR)
         if self.window_scale is not None:
             init.ones_(self.window_scale)
+        if self.gain is not None and self.gain_q is not None:
+            init.constant_(self.gain, self.START_GAIN)
+            init.zeros_(self.gain_q)
 
-    def join(self, q: Tensor, out: Tensor | None, z: Tensor | None, near: Tensor | None, lse: Tensor | None) -> Tensor:
-        if out is not None:
+    def set_horizon(self, half_lives: Tensor) -> None:
+        """Starts the horizons from the states' half-lives [num_states] in tokens."""
+        if self.log_horizon is not None:
+            horizon = (half_lives / math.log(2)).log().repeat_interleave(self.num_heads // self.num_states)
+            with torch.no_grad():
+                init.copy_(self.log_horizon, horizon)
+
+    def join(
+        self,
+        q: Tensor,
+        out: Tensor | None,
+        z: Tensor | None,
+        near: Tensor | None,
+        lse: Tensor | None,
+        far: Tensor | None,
+    ) -> Tensor:
+        if out is None:
+            assert near is not None
+            return near if self.window_scale is None else widen(near) * self.window_scale.unsqueeze(-1)
+        if not self.weighed or near is None or lse is None or far is None:
             return join_norm(out, near, self.norm_weight, self.linear_scale, self.window_scale, self.EPS)
-        assert near is not None
-        return near if self.window_scale is None else widen(near) * self.window_scale.unsqueeze(-1)
+        odds = self.odds(q, lse, far)
+        branch = join_norm(out, None, self.norm_weight, self.linear_scale, None, self.EPS)
+        return join_share(branch, torch.ones_like(odds), near, odds)
+
+    def odds(self, q: Tensor, lse: Tensor, far: Tensor) -> Tensor:
+        """Log-odds of the window against the far side, log (1 - m) / m, [B, T, H]."""
+        assert self.gain is not None and self.gain_q is not None and self.log_horizon is not None
+        gain = self.gain.to(lse.dtype)
+        gain = gain + (q.to(lse.dtype) * self.gain_q.to(lse.dtype)).sum(-1) * self.scale
+        return lse - gain - log_mass(far.unsqueeze(-1), self.log_horizon).to(lse.dtype)
+
+    def window_gains(self) -> dict[str, Tensor | None]:
+        return {"gain": self.gain, "gain_q": self.gain_q, "log_horizon": self.log_horizon}
 
     def step_norm(self) -> dict[str, Any]:
         """The join of `linear_step`."""

@@ -42,7 +42,7 @@ class Mamba2(DecayingMixer):
         init.constant_(self.dt_bias, math.log(math.expm1(1)))  # softplus gives 1
         init.zeros_(self.D)
 
-    def set_half_lives(self, half_lives: Tensor) -> None:
+    def set_decays(self, half_lives: Tensor) -> None:
         with torch.no_grad():
             init.copy_(self.A_log, (math.log(2) / half_lives).log())
 

@@ -141,9 +141,17 @@ class Mixer(nn.Module):
         are the gates. `state` has the operation's keywords, and `beta` where `gates` gives one."""
         raise NotImplementedError
 
-    def join(self, q: Tensor, out: Tensor | None, z: Tensor | None, near: Tensor | None, lse: Tensor | None) -> Tensor:
+    def join(
+        self,
+        q: Tensor,
+        out: Tensor | None,
+        z: Tensor | None,
+        near: Tensor | None,
+        lse: Tensor | None,
+        far: Tensor | None,
+    ) -> Tensor:
         """One output from the linear branch (`out`, normaliser `z`) and the window's (`near`, `lse`); either may be
-        None."""
+        None. With a window `far` [1 or B, T] counts the keys that the linear branch has."""
         raise NotImplementedError
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, k_state: Tensor | None, **token: Any) -> Tensor:
@@ -219,7 +227,7 @@ class Mixer(nn.Module):
             out = self._windowed(q, k, v, gates, layout, cache)
         else:
             weight = None if layout.real is None else layout.real.unsqueeze(-1).to(torch.float32)
-            out = self.join(q, *self._linear(q, k, v, gates, weight, layout, cache), None, None)
+            out = self.join(q, *self._linear(q, k, v, gates, weight, layout, cache), None, None, None)
         return out.reshape(shape).to(v.dtype)
 
     def _linear(
@@ -333,11 +341,12 @@ class Mixer(nn.Module):
         late_k, late_v = delayed(keys), delayed(values)
         assert late_k is not None and late_v is not None
         if not self.linear_branch:
-            return self.join(q, None, None, near, lse)
-        weight = (piece.place - window >= self.sinks).unsqueeze(-1).to(torch.float32)
+            return self.join(q, None, None, near, lse, None)
+        far = (piece.place - (window + self.sinks - 1)).clamp(min=0)
+        weight = (far > 0).unsqueeze(-1).to(torch.float32)
         late_gates = Gates(*(delayed(gate) for gate in before))
         out, z = self._linear(q, late_k, late_v, late_gates, weight, layout, cache)
-        return self.join(q, out, z, near, lse)
+        return self.join(q, out, z, near, lse, far)
 
 
 @contextmanager

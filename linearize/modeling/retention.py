@@ -25,7 +25,7 @@ class Retention(DecayingMixer):
         self.log_half_life = nn.Parameter(torch.empty(self.num_states))
         self.reset_parameters()
 
-    def set_half_lives(self, half_lives: Tensor) -> None:
+    def set_decays(self, half_lives: Tensor) -> None:
         with torch.no_grad():
             init.copy_(self.log_half_life, half_lives.log())
 

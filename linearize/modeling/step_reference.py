@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .join_reference import join_norm, join_share
+from .join_reference import join_norm, join_share, log_mass
 from .reference import taylor_features, widen
 
 KEY_GAIN_LIMIT = 12.0  # the largest log-weight that a key learns, either way
@@ -86,7 +86,8 @@ def linear_step(
         value_scale: [B, G], multiplies v.
         skip: [H], adds skip * v * weight to the output (Mamba-2's D).
         join: "none"; "share", o / z in one denominator with the window's `near` [B, H, V] and `lse` [B, H] (less the
-            gain); "norm", `window_scale` [H] * near + `linear_scale` [H] * RMSnorm(o) * `norm_weight` [H, V].
+            gain); "norm", `window_scale` [H] * near + `linear_scale` [H] * RMSnorm(o) * `norm_weight` [H, V], or with
+            `lse` (less the gain and the far mass), 1 of e^lse + 1 of it beside `near`.
         count: [B] int64, written: one token more.
 
     Returns:
@@ -134,6 +135,9 @@ def linear_step(
         return join_share(out, z, near, lse).to(out_dtype), None
     if join == "norm":
         assert norm_weight is not None and linear_scale is not None
+        if near is not None and lse is not None:
+            far = join_norm(out, None, norm_weight, linear_scale, None, eps)
+            return join_share(far, torch.ones_like(lse), near, lse).to(out_dtype), None
         return join_norm(out, near, norm_weight, linear_scale, window_scale, eps).to(out_dtype), None
     raise ValueError(f"join is {join!r}; it may be {', '.join(JOINS)}")
 
@@ -182,6 +186,7 @@ def window_step(
     gain: Tensor | None = None,
     gain_q: Tensor | None = None,
     gain_k: Tensor | None = None,
+    log_horizon: Tensor | None = None,
 ) -> WindowStep:
     """Softmax of one token over the window that ends with it and the document's first S keys; takes its place in it.
 
@@ -194,6 +199,7 @@ def window_step(
             window_decay, window_scale, window_beta [B, W, G(, K)], written.
         gain, gain_q: [H] and [H, D]: lse is returned less gain + scale * gain_q . q.
         gain_k: [G, D]: the leaving key's weight is exp(scale * gain_k . k), its logarithm at most 12 either way.
+        log_horizon: [H]: lse is returned less `log_mass` of the far keys, too.
     """
     heads, groups, window = q.shape[1], k.shape[1], window_k.shape[1]
     repeat = heads // groups
@@ -236,6 +242,8 @@ def window_step(
         lse = lse - torch.einsum("bhd,hd->bh", q, gain_q.to(dtype)) * scale
 
     first_far = 0 if sink_k is None else sink_k.shape[1]
+    if log_horizon is not None:
+        lse = lse - log_mass((place - (window + first_far - 1)).unsqueeze(1), log_horizon).to(dtype)
     weight = (place - window >= first_far).to(dtype).unsqueeze(1).expand(-1, groups)
     if gain_k is not None:
         learned = torch.einsum("bgd,gd->bg", late_k.to(dtype), gain_k.to(dtype)) * scale

@@ -106,11 +106,12 @@ def based_projections(attention: LinearizeAttention, mixer: Based, moment_q: Ten
 
 @torch.no_grad()
 def _start_scale(attention: LinearizeAttention, mixer: UnnormalizedMixer, gain: Tensor | None) -> None:
-    """The normalised linear branch starts at a share of the values' own size: half, or a fiftieth beside a window."""
+    """The normalised linear branch starts at a share of the values' own size: half, or a fiftieth where it is added to
+    a window and not weighed against it."""
     weight = attention.v_proj.weight.detach().float()
     if gain is not None:
         weight = weight * gain.detach().float()
     size = weight.unflatten(0, (attention.anatomy.num_kv_heads, -1)).square().sum(-1).mean(-1).sqrt()
-    share = 0.02 if mixer.window else 0.5
+    share = 0.5 if mixer.weighed or not mixer.window else 0.02
     kept = size[attention.mixer_groups].repeat_interleave(attention.anatomy.group_size)
     mixer.linear_scale.copy_(share * kept)
