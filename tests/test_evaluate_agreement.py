@@ -12,7 +12,7 @@ from linearize.convert import convert
 from linearize.errors import UsageError
 from linearize.evaluate import evaluate
 from linearize.evaluate.agreement import agreement, continuations, prompts_of
-from linearize.modeling import mixer
+from linearize.modeling import window
 
 
 @torch.no_grad()
@@ -55,8 +55,8 @@ def test_agreement_in_the_result(monkeypatch):
     # A cache that loses what it held is seen here, and nowhere else.
     wide = convert(teacher, "linear", window=256)  # sees all that the teacher sees
     assert evaluate(wide, teacher, **options)["agreement"]["same_tokens"] == 1.0
-    roll = mixer.roll
-    monkeypatch.setattr(mixer, "roll", lambda *args: torch.zeros_like(roll(*args)))
+    roll = window.roll
+    monkeypatch.setattr(window, "roll", lambda *args: torch.zeros_like(roll(*args)))
     result = evaluate(wide, teacher, **options)
     assert result["kl"] == pytest.approx(0, abs=1e-6) and result["agreement"]["same_tokens"] < 0.5
 

@@ -109,6 +109,9 @@ def add_batch(
     # Position t predicts token t + 1; without a teacher nothing is asked of the others.
     begin, end = (0, length) if teacher is not None else (first - 1, last - 1)
     size = max(_BLOCK // max(scorer.vocab_size for scorer, _ in scored.values()), 1)
+    ids_on = {scorer.device: ids.to(scorer.device) for scorer, _ in scored.values()}
+    losses: dict[str, list[Tensor]] = {name: [] for name in scored}
+    divergences: dict[str, list[Tensor]] = {name: [] for name in scored}
     for row in range(ids.shape[0]):
         for start, stop in _chunks(begin, end, size):
             target_start, target_stop = max(start, first - 1), min(stop, last - 1)
@@ -117,19 +120,23 @@ def add_batch(
                 scorer, hidden = scored[name]
                 log = torch.log_softmax(scorer.head(hidden[row, start:stop]).float(), dim=-1)  # [C, V]
                 if target_start < target_stop:
-                    targets = ids[row, target_start + 1 : target_stop + 1].to(log.device)
+                    targets = ids_on[scorer.device][row, target_start + 1 : target_stop + 1].to(log.device)
                     picked = log[target_start - start : target_stop - start].gather(1, targets[:, None])
-                    losses = -picked[:, 0].double().cpu()
-                    sums.nll[name] = sums.nll.get(name, 0.0) + float(losses.sum())
-                    if name not in sums.places:
-                        sums.places[name] = torch.zeros(length, dtype=torch.float64)
-                    sums.places[name][target_start + 1 : target_stop + 1] += losses
+                    losses[name].append(-picked[:, 0])
                 if name == teacher:
                     logs[name] = log
                 elif teacher is not None:
                     source = logs[teacher].to(log.device)
-                    divergence = (source.exp() * (source - log)).sum(-1)
-                    sums.kl[name] = sums.kl.get(name, 0.0) + float(divergence.double().sum())
+                    divergences[name].append((source.exp() * (source - log)).sum(-1))
+    # One wait for the device a batch: a value asked for in each chunk would be hundreds.
+    for name in scored:
+        if losses[name]:
+            by_row = torch.cat(losses[name]).double().view(ids.shape[0], -1).cpu()  # [B, last - first]
+            sums.nll[name] = sums.nll.get(name, 0.0) + float(by_row.sum())
+            places = sums.places.setdefault(name, torch.zeros(length, dtype=torch.float64))
+            places[first:last] += by_row.sum(0)
+        if divergences[name]:
+            sums.kl[name] = sums.kl.get(name, 0.0) + float(torch.cat(divergences[name]).double().sum())
 
 
 def _chunks(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
