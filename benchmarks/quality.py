@@ -1,23 +1,26 @@
-"""Students of every mixer and recipe beside their teacher: each trained by `linearize run`, judged by `linearize eval`.
+"""Students of every mixer and recipe beside their teacher: each as `linearize run` trains it and `eval` judges it.
 
     python benchmarks/quality.py --teacher MODEL --train text.jsonl.gz --heldout prose.jsonl.gz,tales.jsonl.gz \
         --students mixers,hybrids --tokens 10000000 --jobs 4 --out benchmarks/results/quality-smollm2.json
 
 A student is a line of STUDENTS, or of a JSON file of such lines: a recipe and what is set in it. `--rates` trains
 each once for every factor, which multiplies the learning rates of all its stages. Rows of others that OUT holds stay.
-With `--jobs` several train at once on one device; their seconds are then longer than alone.
+With `--jobs` several train at once on one device; their seconds are then longer than alone. A row is written when
+its perplexity, KL and recall are known, and again when the slower figures are. `--quick` leaves those out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +49,10 @@ STUDENTS: dict[str, list[tuple[str, Settings]]] = {
     "hybrids": [
         ("default", {"convert.keep_softmax": keep}) for keep in ("heads:auto:9", "heads:auto:5", "auto:6", "every:5")
     ],
-    # No unbounded softmax: the heads that recall see the last 2048 tokens.
-    "bounded": [("default", {"convert.keep_softmax": "heads:auto:9", "convert.keep_window": 2048})],
+    # No unbounded softmax: the heads that recall see the last 512 or 2048 tokens.
+    "bounded": [
+        ("default", {"convert.keep_softmax": "heads:auto:9", "convert.keep_window": keys}) for keys in (512, 2048)
+    ],
     "recipes": [(name, {}) for name in ("lolcats", "liger", "mamba-in-llama", "mohawk", "radlads", "halo")],
 }
 
@@ -70,32 +75,61 @@ def at_rate(recipe: str, settings: Settings, factor: float, options: argparse.Na
     return {**settings, **{name: float(f"{rate:.3g}") for name, rate in rates.items()}}
 
 
-def student(recipe: str, settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains and judges one student: its row."""
+def trained(recipe: str, settings: Settings, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """A student's folder and what `linearize run --json` said of it. Raises RuntimeError with the error's last line."""
     told = (f"{key.removeprefix('stages.').removeprefix('convert.')}_{value}" for key, value in settings.items())
     name = re.sub(r"[^\w.-]+", "", "-".join([recipe, *told]))
     out, log = options.work / name, options.work / f"{name}.log"
-    model = [options.teacher, *(["--gguf-file", options.gguf_file] if options.gguf_file else [])]
-    where = ["--device", options.device] if options.device else []
-    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    sets += [word for text in options.set for word in ("--set", text)]
-    began = time.monotonic()
-    training = ["--dataset", options.train, "--tokens", str(options.tokens), "--resume", "--json"]
     done = out.with_name(f"{name}.run.json")
     if not done.exists():  # else trained in a run before this one, which was stopped in its evaluation
+        model = [options.teacher, *(["--gguf-file", options.gguf_file] if options.gguf_file else [])]
+        where = ["--device", options.device] if options.device else []
+        sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+        sets += [word for text in options.set for word in ("--set", text)]
+        training = ["--dataset", options.train, "--tokens", str(options.tokens), "--resume", "--json"]
+        began = time.monotonic()
         code, text = run(["run", recipe, *model, "-o", str(out), *training, *sets, *where], log)
         if code:
-            return {"recipe": recipe, "settings": settings, "error": log.read_text().strip().splitlines()[-1:]}
+            raise RuntimeError(log.read_text().strip().splitlines()[-1])
         done.write_text(json.dumps(json.loads(text) | {"seconds": time.monotonic() - began}))
-    made = json.loads(done.read_text())
-    judged = ["--dataset", options.heldout, "--sequences", str(options.sequences), "--json"]
-    judged += ["--retrieval-contexts", options.retrieval, "--agreement-prompts", str(options.agreement)]
-    judged += ["--tasks", options.tasks] if options.tasks else []
-    teacher = ["--teacher", *model]
-    code, text = run(["eval", str(out), *teacher, *judged, *where], log)
-    if code:
-        return {"recipe": recipe, "settings": settings, "error": log.read_text().strip().splitlines()[-1:]}
-    found = json.loads(text)
+    return out, json.loads(done.read_text())
+
+
+_judge: dict[str, Any] = {}  # of a judging process: the teacher, and what is known of it
+
+
+def judge(out: Path, options: argparse.Namespace, whole: bool) -> dict[str, Any]:
+    """Figures of the student in the folder `out`: the losses, or the rest of them."""
+    from linearize.evaluate import evaluate
+    from linearize.source import ModelSource, load_model, load_tokenizer
+
+    device = options.device or None
+    if not _judge:
+        source = ModelSource(options.teacher, gguf_file=options.gguf_file)
+        _judge["teacher"] = load_model(source, device=device or "cpu")
+        _judge["figures"] = {}
+    source = ModelSource(str(out))
+    student = load_model(source, device=device or "cpu")
+    slow = {
+        "retrieval_contexts": options.retrieval,
+        "agreement_prompts": options.agreement,
+        "tasks": options.tasks or "",
+        "branches": (),
+    }
+    return evaluate(
+        student,
+        _judge["teacher"],
+        tokenizer=load_tokenizer(source),
+        dataset=options.heldout.split(","),
+        sequences=options.sequences,
+        batch_size=options.batch_size,
+        device=device,
+        teacher_figures=_judge["figures"],
+        **(slow if whole else {"branches": True}),
+    )
+
+
+def losses_row(recipe: str, settings: Settings, made: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     convert = made["recipe"]["convert"]
     return {
         "recipe": recipe,
@@ -108,14 +142,14 @@ def student(recipe: str, settings: Settings, options: argparse.Namespace) -> dic
         "kl": found["kl"],
         "recall": found["recall"]["student"],
         "recall_teacher": found["recall"]["teacher"],
-        "retrieval": found.get("retrieval"),
+        "retrieval": None,
         "kv_share": found.get("kv_share"),
         "state_bytes": found.get("state_bytes"),
         "seconds": round(made["seconds"], 1),
         "stages": [{key: stage[key] for key in ("name", "tokens", "seconds", "loss")} for stage in made["stages"]],
-        "settings": {**settings, **dict(text.split("=", 1) for text in options.set)},
+        "settings": settings,
         **{name: brief(found[name]) for name in ("linear_off", "window_off", "window_alone") if found.get(name)},
-        **{name: found[name] for name in ("agreement", "tasks", "by_position") if found.get(name)},
+        "by_position": found["by_position"],
     }
 
 
@@ -143,7 +177,10 @@ def main() -> None:
     parser.add_argument("--retrieval", default="512,1024,2048")
     parser.add_argument("--agreement", type=int, default=16)
     parser.add_argument("--device", default="")
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=8, help="of the evaluation")
+    parser.add_argument("--quick", action="store_true", help="perplexity, KL and recall alone")
+    parser.add_argument("--jobs", type=int, default=1, help="students that train at once")
+    parser.add_argument("--judges", type=int, default=1, help="processes that evaluate what was trained")
     parser.add_argument("--work", type=Path, default=Path("quality.work"))
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -165,19 +202,38 @@ def main() -> None:
         for factor in options.rates.split(",")
     ]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for done in as_completed(pool.submit(student, *entry, options) for entry in chosen):
-            row = done.result()
-            print(
-                json.dumps(
-                    {name: row.get(name) for name in ("recipe", "settings", "kl", "ppl_ratio", "recall", "error")}
-                )
-            )
-            sys.stdout.flush()
+    lock = threading.Lock()
+
+    def keep(row: dict[str, Any]) -> None:
+        nonlocal old
+        with lock:
+            names = ("recipe", "settings", "kl", "ppl_ratio", "recall", "error", "retrieval", "tasks")
+            print(json.dumps({name: row[name] for name in names if row.get(name)}), flush=True)
             old = [*(other for other in old if key(other) != key(row)), row | origin]
             results["rows"] = old
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            partial = options.out.with_suffix(".part")
+            partial.write_text(json.dumps(results, indent=1) + "\n")
+            partial.replace(options.out)
+
+    def student(recipe: str, settings: Settings) -> None:
+        whole = settings | dict(text.split("=", 1) for text in options.set)
+        try:
+            with gate:
+                out, made = trained(recipe, settings, options)
+            row = losses_row(recipe, whole, made, judges.submit(judge, out, options, False).result())
+            keep(row)
+            if not options.quick:
+                found = judges.submit(judge, out, options, True).result()
+                keep(row | {name: found[name] for name in ("retrieval", "agreement", "tasks") if found.get(name)})
+        except Exception as error:  # one student's error is no other's
+            keep({"recipe": recipe, "settings": whole, "tokens": None, "error": f"{type(error).__name__}: {error}"})
+
+    gate = threading.Semaphore(options.jobs)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.judges, spawn) as judges, ThreadPoolExecutor(max(len(chosen), 1)) as pool:
+        for done in as_completed([pool.submit(student, *entry) for entry in chosen]):
+            done.result()
 
 
 if __name__ == "__main__":
