@@ -1,6 +1,7 @@
 """Turn a pretrained softmax-attention transformer into a linear-time one, and measure what it cost.
 
-The verbs of the command line, as functions: `convert`, `plan`, `distill`, `finetune`, `run`, `evaluate`, `report`.
+The verbs of the command line, as functions: `convert`, `plan`, `distill`, `finetune`, `run`, `evaluate`, `report`,
+`push`.
 Importing this package lets `transformers.AutoModelForCausalLM.from_pretrained` load converted models.
 """
 
@@ -10,6 +11,7 @@ from . import modeling
 from .convert import convert, plan
 from .distill import distill, finetune
 from .evaluate import evaluate
+from .hub import push
 from .recipes.run import run_recipe as run
 from .report import report
 from .version import __version__
@@ -29,6 +31,7 @@ __all__ = [
     "mixers",
     "modeling",
     "plan",
+    "push",
     "report",
     "run",
 ]

@@ -573,6 +573,46 @@ def report_verb(folder: Path, evaluation: Path | None, out: Path | None, overwri
     click.echo(report(folder, evaluation=evaluation, out=out, overwrite=overwrite))
 
 
+@main.command("push")
+@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="REPO")
+@click.option("--private", is_flag=True, help="Make REPO private; one that is there and public is refused.")
+@click.option("--revision", metavar="BRANCH", help="Push to this branch, made if need be.  [default: main]")
+@click.option("--message", metavar="TEXT", help="Of the commit.")
+@click.option("--dry-run", is_flag=True, help="Print the card and the files; no network, no token, nothing written.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def push_verb(folder: Path, repo: str, as_json: bool, **options: Any) -> None:
+    """Upload the converted model in OUT to REPO (owner/name) on the Hub, with a model card of what was measured.
+
+    The token is HF_TOKEN's or that of `hf auth login`; the Hub is HF_ENDPOINT's. A README.md that you wrote is kept.
+
+    \b
+    linearize push distilled me/SmolLM2-135M-gla --dry-run
+    linearize push distilled me/SmolLM2-135M-gla --private --message "10M tokens"
+    linearize eval distilled --teacher MODEL --json > distilled/evaluation.json    # first: the card has its figures
+    """
+    from .convert.show import size
+    from .hub import push
+
+    _quiet()
+    pushed = push(folder, repo, say=lambda text: _say(f"note: {text}"), **options)
+    if as_json:
+        _print_json(pushed.to_dict())
+        return
+    if pushed.dry_run:
+        click.echo(f"{pushed.card}\n{'-' * 40}")
+    for path, count in pushed.files.items():
+        click.echo(f"{size(count):>12}  {path}")
+    for path, why in pushed.left_out.items():
+        click.echo(f"{'left out':>12}  {path}: {why}")
+    whose = {"generated": "written from what was measured", "OUT": f"your own, {folder / 'README.md'}"}
+    click.echo(f"card: {whose.get(pushed.card_from, f'the one in {repo}, which someone wrote, is kept')}")
+    total = f"{len(pushed.files)} files, {size(sum(pushed.files.values()))}"
+    click.echo(
+        f"{total}: nothing pushed (--dry-run)" if pushed.dry_run else f"{total}: {pushed.url} at {pushed.commit}"
+    )
+
+
 @main.command("demo")
 @click.option("--to", default="based", show_default=True, metavar="MIXER", help="The mixer to convert to.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=None, help="Keep the distilled student here.")

@@ -27,10 +27,11 @@ def _runs(layers: list[LayerPlan]) -> Iterable[tuple[str, LayerPlan]]:
     for layer in layers:
         groups.setdefault(kind(layer), []).append(layer)
     for members in groups.values():
-        yield ", ".join(_ranges([layer.index for layer in members])), members[0]
+        yield ", ".join(ranges([layer.index for layer in members])), members[0]
 
 
-def _ranges(indices: list[int]) -> list[str]:
+def ranges(indices: list[int]) -> list[str]:
+    """Rising indices as a person writes them: 0-3, 7."""
     parts: list[list[int]] = []
     for index in indices:
         if parts and parts[-1][-1] == index - 1:

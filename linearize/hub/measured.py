@@ -1,0 +1,109 @@
+"""What was measured about a converted model and lies in its folder, as plain data by file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+Row = dict[str, Any]
+LOSSES, SCORES, CALIBRATION = "loss.jsonl", "keep_scores.json", "calibration.json"
+# Where `bench -o OUT` or `bench -o OUT/speed` leaves its results.
+BENCH_FOLDERS = ("", "speed/", "bench/")
+_EVALUATION = re.compile(r"eval[\w.-]*\.json")
+_BENCH = {"model.json": "model_benches", "kernels.json": "kernel_benches"}
+
+
+@dataclass
+class Measured:
+    """`evaluations`, `model_benches` and `kernel_benches` by file; `refused` has files of such a name that hold
+    something else, and why."""
+
+    evaluations: dict[str, Row] = field(default_factory=dict)
+    model_benches: dict[str, Row] = field(default_factory=dict)
+    kernel_benches: dict[str, Row] = field(default_factory=dict)
+    losses: list[Row] = field(default_factory=list)
+    scores: Row | None = None
+    calibration: Row | None = None
+    files: list[str] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def read(name: str, there: Mapping[str, Path]) -> Measured:
+    """Reads what the files `there` (path in the folder -> file) tell of the folder called `name`.
+
+    Raises:
+        UserError: a file that is no JSON.
+    """
+    found = Measured()
+    for path in sorted(there):
+        if path == LOSSES:
+            found.losses = _lines(there[path])
+        elif path == SCORES:
+            found.scores = _object(there[path])
+        elif path == CALIBRATION:
+            found.calibration = _object(there[path])
+        elif _EVALUATION.fullmatch(path):
+            judged = _judged(_object(there[path]), name)
+            if judged is None:
+                found.refused[path] = "not what `linearize eval` printed about this folder"
+                continue
+            found.evaluations[path] = judged
+        elif _bench(path):
+            results = _object(there[path])
+            if not _is_bench(results, path):
+                found.refused[path] = "not what `linearize bench` writes"
+                continue
+            getattr(found, _BENCH[path.rpartition("/")[2]])[path] = results
+        else:
+            continue
+        found.files.append(path)
+        picture = f"{path.rpartition('.')[0]}.png"
+        if picture in there:
+            found.pictures.append(picture)
+    return found
+
+
+def _bench(path: str) -> bool:
+    folder, _, name = path.rpartition("/")
+    return name in _BENCH and (f"{folder}/" if folder else "") in BENCH_FOLDERS
+
+
+def _is_bench(results: Row, path: str) -> bool:
+    known = ("rows", "hardware", "dtype", "versions")
+    own = ("overtakes", "student", "teacher") if path.endswith("model.json") else ("decode", "cold_start", "heads")
+    return all(name in results for name in (*known, *own)) and isinstance(results["rows"], list)
+
+
+def _judged(results: Row, name: str) -> Row | None:
+    """The result about the folder called `name`, of one evaluation or of several side by side."""
+    students = results.get("students")
+    if isinstance(students, dict):
+        own = [judged for student, judged in students.items() if Path(student).name == name]
+        results = own[0] if len(own) == 1 else {}
+    perplexity, recall = results.get("perplexity"), results.get("recall")
+    whole = isinstance(perplexity, dict) and isinstance(perplexity.get("student"), int | float)
+    return results if whole and isinstance(recall, dict) and "kl" in results else None
+
+
+def _object(path: Path) -> Row:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); repair or remove it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object; repair or remove it")
+    return found
+
+
+def _lines(path: Path) -> list[Row]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not valid JSON lines ({error}); repair or remove it") from error
