@@ -19,7 +19,7 @@ from .teacher import inherited, local_card
 
 _REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_LOCAL_PATH = re.compile(r"(?<![\w:/.~-])(?:~|/(?:home|Users|root|tmp|mnt|data|work|srv|opt|var))/[\w.@+-]+")
+_LOCAL_PATH = re.compile(r"(?<![\w:/.~-])(?:~|/(?:home|Users|root|tmp|mnt|data|work|srv|opt|var))(?:/[\w.@+-]+)+")
 GENERATED, OWN, REMOTE = "generated", "OUT", "REPO"
 
 
@@ -209,11 +209,10 @@ class _Push:
         from huggingface_hub import HfApi, get_token
         from huggingface_hub.utils import RepositoryNotFoundError
 
-        if get_token() is None:
-            raise UserError(
-                "there is no token for the Hub: run hf auth login, or set HF_TOKEN; --dry-run shows what would be pushed"
-            )
-        api = HfApi(library_name="linearize")
+        token = get_token()
+        if token is None:
+            raise UserError("there is no token for the Hub: run hf auth login, or set HF_TOKEN; --dry-run does without")
+        api = HfApi(token=token, library_name="linearize")
         with hub_said(self.repo, api.endpoint):
             api.whoami()
             try:
