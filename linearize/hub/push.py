@@ -19,7 +19,7 @@ from .teacher import inherited, local_card
 
 _REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_LOCAL_PATH = re.compile(r"(?<![\w:/.~-])(?:~|/(?:home|Users|root|tmp|mnt|data|work|srv|opt|var))(?:/[\w.@+-]+)+")
+_LOCAL_PATH = re.compile(r"(?<=[\s\"'=,])(?:~|/[\w.@+-]+)(?:/[\w.@+-]+)+")
 GENERATED, OWN, REMOTE = "generated", "OUT", "REPO"
 
 

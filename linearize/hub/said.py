@@ -18,7 +18,16 @@ def hub_said(repo: str, endpoint: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        _end_bars()
         raise UserError(_message(error, repo, endpoint)) from error
+
+
+def _end_bars() -> None:
+    """The client leaves the bar of a failed upload open, and the message would stand on its line."""
+    from tqdm import tqdm
+
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def _message(error: Exception, repo: str, endpoint: str) -> str:
