@@ -365,6 +365,40 @@ def test_card_has_what_benchmarks_and_recipes_left(out):
     assert {"speed/model.json", "speed/model.png", "kernels.json", "keep_scores.png"} <= set(pushed.files)
 
 
+def test_time_that_drowned_in_noise_is_no_figure(out):
+    row = {"model": "student", "batch": 1, "context": 64, "decode_ms": 1e-6, "decode_tokens_per_second": 1e9}
+    results = {"hardware": "x", "dtype": "y", "versions": {}, "student": "x", "teacher": "y"}
+    results |= {"rows": [row], "overtakes": [{"batch": 1, "decode": 1.0}]}
+    (out / "model.json").write_text(json.dumps(results))
+    card = linearize.push(out, REPO, dry_run=True).card
+    assert "| student | 1 | 64 | - | - | - | - | - | - |" in card and "is ahead" not in card
+
+
+def test_own_result_among_several_students(out):
+    judged = json.loads((out / "evaluation.json").read_text())
+    other = {**judged, "perplexity": {"student": 777.25}}
+    (out / "evaluation.json").unlink()
+    both = {"students": {str(out): judged, "elsewhere/other": other}, "teacher": None}
+    (out / "eval-both.json").write_text(json.dumps(both))
+    (out / "eval-other.json").write_text(json.dumps({"students": {"elsewhere/other": other}}))
+    pushed = linearize.push(out, REPO, dry_run=True)
+    assert f"{judged['perplexity']['student']:.4g}" in pushed.card and "777.2" not in pushed.card
+    assert "eval-both.json" in pushed.files and "eval-other.json" in pushed.left_out
+
+
+def test_folder_that_python_saved(plain, tmp_path):
+    AutoModelForCausalLM.from_pretrained(plain).save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    config = json.loads(path.read_text())
+    config["parent_config"]["_name_or_path"] = "org/base"  # as a teacher loaded from the Hub leaves it
+    path.write_text(json.dumps(config))
+    pushed = linearize.push(tmp_path / "saved", REPO, dry_run=True)
+    assert "Not recorded: the folder has no `linearize.json`." in pushed.card and "| mixer `gla` |" in pushed.card
+    assert any("no tokenizer" in note for note in pushed.notes)
+    assert ModelCard(pushed.card).data.base_model == "org/base"
+    assert any("is from config.json" in note for note in pushed.notes)
+
+
 def test_front_matter():
     assert front_matter.split("no head") == ({}, "no head")
     assert front_matter.split("---\na: 1\n---\nbody") == ({"a": 1}, "body")
