@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bench.tables import number
 from ..convert.show import ranges, size
 from ..evaluate.variants import LINEAR_OFF, STUDENT, TEACHER, WINDOW_ALONE, WINDOW_OFF
 from . import front_matter
@@ -182,6 +181,8 @@ def _pair(entry: Row) -> tuple[str, str]:
 
 
 def _speed(facts: Facts) -> list[str]:
+    from ..bench.tables import number  # `import linearize` does without the benchmarks
+
     found = []
     for results in facts.measured.model_benches.values():
         rows: list[Sequence[Any]] = [
