@@ -319,7 +319,7 @@ def test_repeats(monkeypatch):
 
 
 def test_model_of_a_config(config_file, tmp_path):
-    options = ["--window", "8", "--contexts", "1,24,96", "--batch", "2", "--new-tokens", "4", "--device", "cpu"]
+    options = ["--window", "8", "--contexts", "1,24,96", "--batch", "2", "--new-tokens", "32", "--device", "cpu"]
     more = ["--keep-softmax", "heads:1.0", "--teacher-max-prefill", "24", "-o", tmp_path]
     shown = done("model", "--config", config_file, "--to", "linear", *options, *more)
     results = json.loads((tmp_path / "model.json").read_text())
@@ -356,9 +356,9 @@ def test_model_of_folders(tmp_path):
         "--device",
         "cpu",
     ]
-    results = json.loads(done("model", *args, "--new-tokens", "4", "--no-prefill", "--json"))
+    results = json.loads(done("model", *args, "--new-tokens", "32", "--no-prefill", "--json"))
     assert [row["model"] for row in results["rows"]] == ["teacher", "student"]
-    again = [*args, "--new-tokens", "4", "-o", tmp_path / "out"]
+    again = [*args, "--new-tokens", "32", "-o", tmp_path / "out"]
     one = json.loads(done("model", *again, "--models", "student", "--json"))
     assert [row["model"] for row in one["rows"]] == ["student"] and one["overtakes"] == [{"batch": 1}]
     refused = run("model", *again)
@@ -469,6 +469,19 @@ def test_static_caches_stand_at_the_context(name, past):
     state, kv = cache_bytes(fresh(), past)
     assert kv == 2 * 2 * (4 if name == "teacher" else 0) * past * 16 * 4
     assert (state > 0) == (name != "teacher")
+
+
+def test_a_time_lost_in_the_noise_is_none(config_file, monkeypatch):
+    assert model._each([1.0, 1.1, 1.2], [3.0, 3.1, 3.3], 20) == pytest.approx(0.1)
+    assert model._each([1.0, 1.1, 1.2], [1.0, 1.05, 1.1], 20) is None
+    assert model._each([1.0, 1.1, 1.2], [1.0, 1.15, 1.3], 20) is None
+    monkeypatch.setattr(model, "_each", lambda *args: None)
+    shown = ["--config", config_file, "--to", "gla", "--contexts", "8,16", "--batch", "1", "--new-tokens", "2"]
+    results = json.loads(done("model", *shown, "--no-prefill", "--device", "cpu", "--json"))
+    for row in results["rows"]:
+        assert row["decode_ms"] is None and row["decode_tokens_per_second"] is None and row["kv_bytes"] is not None
+        assert "noise" in row["error"] and "--new-tokens" in row["error"]
+    assert "decode" not in results["overtakes"][0] and "cache" in results["overtakes"][0]
 
 
 def test_where_the_student_overtakes():

@@ -136,9 +136,9 @@ def _models(results: Results) -> Any:
         _dress(axis, title=label)
         axis.set_xlabel("context, tokens")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.suptitle(
-        f"{results['student']} against {results['teacher']}; {results['hardware']}, {results['dtype']}", fontsize=10
-    )
+    # of a folder its name alone: a picture is shown to others
+    student, teacher = (results[name].rstrip("/").rpartition("/")[2] for name in ("student", "teacher"))
+    figure.suptitle(f"{student} against {teacher}; {results['hardware']}, {results['dtype']}", fontsize=10)
     return figure
 
 

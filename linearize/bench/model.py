@@ -7,6 +7,7 @@ the difference between generating many and few, which leaves the first step and 
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,7 +61,8 @@ def bench_model(
     Returns:
         What model.json holds: the run's facts, `rows` (a model, batch and context: `prefill_tokens_per_second`,
         `decode_ms`, `decode_tokens_per_second` of all sequences together, peak GiB above the weights, `state_bytes`
-        and `kv_bytes`) and `overtakes` (a batch: the context from which on the student is ahead, None for never).
+        and `kv_bytes`; None for what was not measured or is lost in the noise, `error` says why) and `overtakes` (a
+        batch: the context from which on the student is ahead, None for never).
 
     Raises:
         UsageError, UserError: an option, a model or `out` is wrong.
@@ -186,7 +188,13 @@ def _measure(model: Any, name: str, batch: int, context: int, options: ModelOpti
         try:
             taken = _decode(model, ids, options.new_tokens, clock, static=static)
             row.setdefault("decode_ms_by", {})[taken["decoder"]] = taken["decode_ms"]
-            if row["decode_ms"] is None or taken["decode_ms"] < row["decode_ms"]:
+            if taken["decode_ms"] is None:
+                errors.append(
+                    f"decoding by {taken['decoder']}: a token's time is lost in the noise; raise --new-tokens above "
+                    f"{options.new_tokens}"
+                )
+                taken = {name: value for name, value in taken.items() if row[name] is None}
+            if row["decode_ms"] is None or taken.get("decode_ms", math.inf) < row["decode_ms"]:
                 row |= taken
         except Exception as error:
             errors.append(f"decoding{', compiled' if static else ''}: {said(error)}")
@@ -250,19 +258,26 @@ def _decode(model: Any, ids: torch.Tensor, new_tokens: int, clock: Clock, *, sta
             seconds(few)  # compiles, records CUDA graphs
         cache = fresh()
         peak = clock.peak_bytes(lambda: generate(cache, new_tokens))
-        short = statistics.median(seconds(few) for _ in range(REPEATS))
-        long = statistics.median(seconds(new_tokens) for _ in range(REPEATS))
+        short = [seconds(few) for _ in range(REPEATS)]
+        long = [seconds(new_tokens) for _ in range(REPEATS)]
     if static:
         torch.compiler.reset()
-    each = max(long - short, 1e-9) / (new_tokens - few)
+    each = _each(short, long, new_tokens - few)
     return {
-        "decode_ms": 1e3 * each,
-        "decode_tokens_per_second": batch / each,
+        "decode_ms": None if each is None else 1e3 * each,
+        "decode_tokens_per_second": None if each is None else batch / each,
         "decode_peak_gib": None if peak is None else (peak + state + kv) / GIB,
         "decoder": "compiled, static cache" if static else "generate",
         "state_bytes": state,
         "kv_bytes": kv,
     }
+
+
+def _each(short: Sequence[float], long: Sequence[float], more: int) -> float | None:
+    """Seconds a token, from times of short runs and of runs `more` tokens longer: the difference of the medians. None
+    where that is no more than what equal runs differ by: it is then the timer's noise."""
+    taken = statistics.median(long) - statistics.median(short)
+    return taken / more if taken > min(max(times) - min(times) for times in (short, long)) else None
 
 
 @contextlib.contextmanager
