@@ -59,7 +59,7 @@ def _message(error: Exception) -> str:
 def main() -> None:
     """Turn a pretrained softmax-attention transformer into a linear-time one, and measure what it cost.
 
-    MODEL is a Hub id, a folder, or a GGUF file.
+    MODEL is a Hub id (owner/name, or owner/name@REVISION), a folder, or a GGUF file.
 
     \b
     linearize demo                                        all of it on a small model, no network
@@ -394,18 +394,17 @@ def eval_verb(
     linearize eval A B C --teacher MODEL --dataset heldout.jsonl --equal-bytes
     linearize eval distilled --teacher MODEL --retrieval-contexts 512,1024,2048 --tasks squad.jsonl
     """
-    from dataclasses import replace
-
     from .device import chosen_device
     from .evaluate import evaluate_each, side_by_side, table
     from .source import ModelSource
 
     _quiet()
-    source = _source(teacher or models[0], options)
-    students = [ModelSource(model) if teacher else replace(source, model=model) for model in models]
+    loading = {name: options.pop(name) for name in ("revision", "gguf_file", "trust_remote_code")}
+    students = [ModelSource(model) if teacher else _source(model, dict(loading)) for model in models]
+    source = _source(teacher, loading) if teacher else None
     results = evaluate_each(
         students,
-        source if teacher else None,
+        source,
         dataset=dataset,
         device=chosen_device(device),
         progress=True,
@@ -414,7 +413,7 @@ def eval_verb(
     if not as_json:
         click.echo(table.format_results(results, equal_bytes=equal_bytes))
     elif len(results) == 1:
-        _print_json(results[models[0]])
+        _print_json(next(iter(results.values())))
     else:
         _print_json(side_by_side(results, teacher))
 

@@ -22,13 +22,14 @@ Rows = Sequence[Row]
 
 @dataclass(frozen=True)
 class TextSource:
-    """A DATASET as written: local files, or a data set on the Hub as `name[:config[:split]]`."""
+    """A DATASET as written: local files, or a data set on the Hub as `name[@revision][:config[:split]]`."""
 
     spec: str
     files: tuple[Path, ...] = ()
     name: str | None = None
     config: str | None = None
     split: str | None = None
+    revision: str | None = None
 
     @classmethod
     def parse(cls, spec: str) -> TextSource:
@@ -40,7 +41,8 @@ class TextSource:
         if len(parts) == 1 and not _is_local(parts[0]):
             name, _, rest = parts[0].partition(":")
             config, _, split = rest.partition(":")
-            return cls(spec, name=name, config=config or None, split=split or None)
+            name, _, revision = name.partition("@")
+            return cls(spec, name=name, config=config or None, split=split or None, revision=revision or None)
         files = tuple(Path(part).expanduser() for part in parts)
         for file in files:
             _check_file(file)
@@ -185,13 +187,15 @@ def _from_hub(source: TextSource, text_field: str, streaming: bool) -> Rows | It
             f"--dataset: {source.spec} is no local file, and data sets of the Hub need: pip install datasets"
         ) from error
     try:
-        rows = datasets.load_dataset(source.name, source.config, split=source.split or "train", streaming=streaming)
+        rows = datasets.load_dataset(
+            source.name, source.config, split=source.split or "train", revision=source.revision, streaming=streaming
+        )
         first = next(iter(rows), None)
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(
             f"--dataset: {source.spec} is no local file, and cannot be had from the Hub either: {line} "
-            "(a Hub name is name[:config[:split]])"
+            "(a Hub name is name[@revision][:config[:split]])"
         ) from error
     if first is None:
         raise UserError(f"--dataset: {source.spec} is empty: it has no rows")

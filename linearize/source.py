@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,37 @@ DTYPES: dict[str, str | torch.dtype] = {
     **{"bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16},
 }
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_AT = re.compile(r"(?P<model>\w[\w.-]*(/\w[\w.-]*)?)@(?P<revision>[\w./-]+)")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What a person calls a model: a Hub id, a folder, a .gguf file, or `gguf_file` in a folder or Hub id."""
+    """What a person calls a model: a Hub id, a folder, a .gguf file, or `gguf_file` in a folder or Hub id.
+
+    A Hub id may bring its revision, `owner/name@REVISION`: where a verb takes several models, each its own.
+
+    Raises:
+        UsageError: two revisions are named that differ.
+    """
 
     model: str
     revision: str | None = None
     gguf_file: str | None = None
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        found = _AT.fullmatch(self.model)
+        if found is None or Path(self.model).exists():
+            return
+        if self.revision not in (None, found["revision"]):
+            raise UsageError(f"--revision {self.revision}: {self.model} names another already; leave one of them out")
+        object.__setattr__(self, "model", found["model"])
+        object.__setattr__(self, "revision", found["revision"])
+
+    @property
+    def label(self) -> str:
+        """How results name it: two revisions of one model differ."""
+        return self.model if self.revision is None or Path(self.model).exists() else f"{self.model}@{self.revision}"
 
     @classmethod
     def of(cls, model: str | Path | ModelSource) -> ModelSource:
@@ -108,6 +130,8 @@ def load_model(
             f"{src.model}: the weights lack {len(missing)} tensors of its config's ({missing[0]}, ...): "
             "the checkpoint is not whole, or its config.json belongs to another model; download it again"
         )
+    if place.folder is None:
+        model._hub_commit = _cached_commit(src)
     return model.eval()
 
 
@@ -146,6 +170,38 @@ def load_tokenizer(src: str | Path | ModelSource) -> Any:
         raise UserError(f"{place.folder} has no tokenizer (no tokenizer.json); copy the tokenizer's files there")
     with said_clearly("reading the tokenizer of", src.model, src.revision):
         return AutoTokenizer.from_pretrained(place.repo, **_remote(src))
+
+
+def commit_of(model: Any) -> str | None:
+    """The commit on the Hub of a model that `load_model` gave, None for one that is not from there."""
+    return getattr(model, "_hub_commit", None)
+
+
+def _cached_commit(src: ModelSource) -> str | None:
+    """The commit that the Hub's cache holds for a revision: its folder's name."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(src.model, "config.json", revision=src.revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def folder_of(model: Any, patterns: Sequence[str]) -> Path | None:
+    """Where the files of a loaded model lie: its folder, or the Hub's cache, into which those that fit `patterns` are
+    fetched. None where neither is known, or the Hub does not answer."""
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    commit = commit_of(model)
+    if commit is None:
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=commit, allow_patterns=list(patterns)))
+    except Exception:  # what a model's history says is worth no failure of a run
+        return None
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:

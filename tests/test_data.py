@@ -130,8 +130,8 @@ def test_hub_data_sets(monkeypatch):
 
     class Module:
         @staticmethod
-        def load_dataset(name, config, split, streaming):
-            asked.append((name, config, split, streaming))
+        def load_dataset(name, config, split, revision, streaming):
+            asked.append((name, config, split, revision, streaming))
             if name == "gone":
                 raise FileNotFoundError("no such data set\nlong story")
             return [{"text": "ab"}] if name != "void" else []
@@ -139,7 +139,9 @@ def test_hub_data_sets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", Module)
     assert list(load_rows("org/x:en:test")) == [{"text": "ab"}]
     pack("org/x", letters(), length=2, tokens=4)
-    assert asked == [("org/x", "en", "test", False), ("org/x", None, "train", True)]
+    assert list(load_rows("org/x@v1.0::test")) == [{"text": "ab"}]
+    assert asked[:2] == [("org/x", "en", "test", None, False), ("org/x", None, "train", None, True)]
+    assert asked[2:] == [("org/x", None, "test", "v1.0", False)]
     with pytest.raises(UserError, match="no such data set"):
         load_rows("gone")
     with pytest.raises(UserError, match="empty"):

@@ -40,6 +40,20 @@ def fails(function, *args, kind=UserError, **kwargs) -> str:
     return message
 
 
+def test_a_hub_id_brings_its_revision(tmp_path, monkeypatch):
+    found = ModelSource("org/x-1.5@refs/pr/3")
+    assert (found.model, found.revision, found.label) == ("org/x-1.5", "refs/pr/3", "org/x-1.5@refs/pr/3")
+    assert found == ModelSource("org/x-1.5", revision="refs/pr/3") == ModelSource("org/x-1.5@refs/pr/3", "refs/pr/3")
+    assert ModelSource("gpt2@main").describe() == {"model": "gpt2", "revision": "main"}
+    assert "leave one of them out" in fails(ModelSource, "org/x@v1", revision="v2", kind=UsageError)
+    for plain in ("org/x", "./a@b", "/a/b@c", "a@", "@a", "a@b@c"):
+        assert ModelSource(plain).model == plain and ModelSource(plain).revision is None
+    monkeypatch.chdir(tmp_path)
+    Path("org").mkdir()
+    Path("org/x@v1").mkdir()  # a folder of that name is what is meant
+    assert ModelSource("org/x@v1").model == "org/x@v1" and ModelSource("org/x@v1", "v2").label == "org/x@v1"
+
+
 def test_loads_what_was_saved(saved):
     model = load_model(saved)
     assert not model.training and model.dtype == torch.float32

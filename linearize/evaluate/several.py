@@ -37,7 +37,7 @@ def evaluate_each(
     Raises:
         UserError, UsageError: as `evaluate` and `source.load_model`; a student is given twice.
     """
-    names = [source.model for source in students]
+    names = [source.label for source in students]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"MODEL {name} is given twice")
@@ -51,7 +51,7 @@ def evaluate_each(
         student = load_model(source, dtype=dtype, device=device or "cpu")
         if teacher is not None and reference is None:
             reference = load_model(teacher, dtype=dtype, device=device or "cpu")
-        results[source.model] = evaluate(
+        results[source.label] = evaluate(
             student,
             reference,
             tokenizer=load_tokenizer(source),
