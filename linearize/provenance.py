@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .errors import UserError
 from .version import __version__
 
@@ -26,14 +28,16 @@ def record(
     command: str | Sequence[str],
     stage: str,
     parent: str | Path | None = None,
+    parent_folder: Path | None = None,
+    parent_revision: str | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
     """What made a folder, as plain data: command, stage, versions, UTC time, the parent and its hash, and
     `facts`.
 
-    `parent` is the folder or the .gguf file that the work started from, or a Hub id (which has no hash). What
-    the parent's own `linearize.json` says goes into `history`, oldest first, so the last folder tells the
-    whole way.
+    `parent` is the folder or the .gguf file that the work started from, or a Hub id, whose files lie in
+    `parent_folder` (without one it has no hash), at the commit `parent_revision`. What the parent's own
+    `linearize.json` says goes into `history`, oldest first, so the last folder tells the whole way.
     """
     made: dict[str, Any] = {
         "stage": stage,
@@ -43,8 +47,9 @@ def record(
         **facts,
     }
     if parent is not None:
-        path = Path(parent).expanduser()
+        path = Path(parent).expanduser() if parent_folder is None else parent_folder
         made["parent"] = str(parent)
+        made |= {} if parent_revision is None else {"parent_revision": parent_revision}
         made["parent_hash"] = parent_hash(path) if path.exists() else None
         before = read(path) if path.is_dir() else None
         if before is not None:
@@ -62,6 +67,14 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:  # convert and eval do without peft
             found[name] = "unknown"
     return found
+
+
+def hardware(device: str | torch.device) -> str:
+    """What a figure was measured on: the accelerator's name, or the kind of CPU and the threads in use."""
+    place = torch.device(device)
+    if place.type == "cuda":
+        return torch.cuda.get_device_name(place)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def write(folder: str | Path, record: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from linearize.distill.losses import head_losses, transfer_loss
 from linearize.distill.memory import graph_bytes
 from linearize.distill.parameters import optimizer_groups
 from linearize.distill.stages import wants_checkpoints
+from linearize.distill.tally import Tally
 from linearize.distill.trainer import StageTrainer
 from linearize.errors import UsageError, UserError
 
@@ -447,6 +448,29 @@ def test_resume_gives_the_same_run_bit_for_bit(teacher, stage, tmp_path, monkeyp
     assert all(torch.equal(expected[name], p) for name, p in resumed.named_parameters())
     logs = [(tmp_path / name / "loss.jsonl").read_text() for name in ("straight", "again")]
     assert logs[0] == logs[1] and logs[0].count("\n") >= 5
+    record = json.loads((tmp_path / "again" / "linearize.json").read_text())
+    assert record["seconds"].keys() == record["steps"].keys() and all(took >= 0 for took in record["seconds"].values())
+    assert record["hardware"].endswith("threads")
+
+
+def test_the_time_before_a_checkpoint_counts(tmp_path) -> None:
+    before = Tally()
+    before.save(tmp_path, seconds=40.0)
+    after = Tally()
+    after.load(tmp_path)
+    assert after.seconds == 40.0 and after.take() == {}
+
+
+def test_time_goes_on_where_a_run_is_resumed(teacher, tmp_path, monkeypatch) -> None:
+    start = student_of(teacher)
+    options = {"stage": "transfer", "transfer": transfer_options(save_steps=3, tokens=4 * LENGTH * 8)}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 5)
+        distill(copy.deepcopy(start), teacher, rows(20), output=tmp_path / "out", **options)
+    [path] = (tmp_path / "out.work").glob("transfer/checkpoint-*/tally.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 1000.0}))
+    done = distill(copy.deepcopy(start), teacher, rows(20), output=tmp_path / "out", resume=True, **options)
+    assert 1000 < done.distillation[0].seconds < 1100
     assert not (tmp_path / "again.work").exists() and not (tmp_path / "straight.work").exists()
 
 

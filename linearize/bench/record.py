@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError, UserError
+from ..provenance import hardware
 from ..provenance import versions as package_versions
 
 Row = dict[str, Any]
@@ -54,13 +54,6 @@ def commit() -> str | None:
     if head is None or git("ls-files", "--error-unmatch", str(here / "__init__.py")) is None:
         return None
     return f"{head}-dirty" if git("status", "--porcelain", "--", str(here.parent)) else head
-
-
-def hardware(device: str) -> str:
-    place = torch.device(device)
-    if place.type == "cuda":
-        return torch.cuda.get_device_name(place)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def header(command: str | Sequence[str], device: str) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..calibrate.figures import calibration_figure, save, scores_figure
 from ..data import TextSource
 from ..errors import UsageError
 from ..output import check_new, new_folder
-from ..source import ModelSource, load_config, load_model, load_tokenizer, parse_device, parse_dtype
+from ..source import ModelSource, commit_of, load_config, load_model, load_tokenizer, parse_device, parse_dtype
 from ..surgery.student import check_mixer
 from .calibrated import convert
 from .plan import Plan, describe, plan
@@ -70,6 +71,7 @@ def convert_folder(
     planned = plan(config, to, **options)
     if dry_run:
         return planned
+    began = time.monotonic()
     tokenizer = load_tokenizer(source)
     teacher = load_model(source, dtype=chosen, device=place)
     student = convert(
@@ -84,6 +86,7 @@ def convert_folder(
         text_field=text_field,
         **options,
     )
+    seconds = time.monotonic() - began
     made = describe(student, teacher, to)
     with new_folder(path, overwrite=overwrite) as folder:
         student.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -93,7 +96,7 @@ def convert_folder(
             command=command,
             stage="convert",
             parent=source.model if source.gguf_file is None else str(Path(source.model) / source.gguf_file),
-            teacher=source.describe(),
+            teacher=source.describe() | ({} if (commit := commit_of(teacher)) is None else {"commit": commit}),
             mixer=to,
             mixer_options=made.mixer_options,
             softmax_heads={layer.index: layer.softmax_heads for layer in made.layers if layer.softmax_heads},
@@ -101,6 +104,8 @@ def convert_folder(
             seed=seed,
             tokens=0 if student.calibration is None else student.calibration.tokens,
             calibrated_on=calibrate_on,
+            seconds=round(seconds, 1),
+            hardware=provenance.hardware(place),
         )
         provenance.write(folder, json.loads(json.dumps(record)))
     return made

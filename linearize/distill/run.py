@@ -13,6 +13,7 @@ from ..device import chosen_device
 from ..errors import UsageError, UserError
 from ..output import check_new, new_folder
 from ..rows import TextSource
+from ..source import commit_of, folder_of
 from .feed import packed, split
 from .options import (
     KINDS,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # stages imports transformers' Trainer, which takes a second:
 TRANSFER_SHARE = 1 / 3
 # What the conversion measured travels on beside the weights.
 _MEASURED = ("keep_scores.json", "keep_scores.png", "calibration.json", "calibration.png")
+_HISTORY = ("config.json", provenance.FILE, *_MEASURED)
 
 
 def distill(
@@ -111,6 +113,7 @@ def distill(
     device = chosen_device(chosen[kinds[0]].device)
     student, tokenizer = _loaded_student(student, tokenizer, dtype, device)
     teacher = _loaded_teacher(teacher, dtype, device)
+    before = folder_of(student, _HISTORY) if output is not None else None
     from . import stages
 
     def data(of: TrainOptions) -> Dataset[Item]:
@@ -131,12 +134,14 @@ def distill(
             student,
             tokenizer,
             results,
+            before=before,
             overwrite=overwrite,
             recipe=recipe,
             record={
                 "command": command,
                 "stage": stage,
                 "teacher": _name(teacher),
+                "teacher_revision": commit_of(teacher),
                 "dataset": _dataset_name(dataset),
                 "options": {kind: of.record() for kind, of in chosen.items()},
             },
@@ -178,6 +183,7 @@ def finetune(
     place = _place(output, work_dir, resume, overwrite, recipe)
     _check_spec(dataset)
     student, tokenizer = _loaded_student(student, tokenizer, dtype, chosen_device(chosen.device))
+    before = folder_of(student, _HISTORY) if output is not None else None
     from . import stages
 
     base = Path(student.name_or_path)
@@ -199,6 +205,7 @@ def finetune(
             student,
             tokenizer,
             [result],
+            before=before,
             overwrite=overwrite,
             recipe=recipe,
             record={
@@ -295,6 +302,7 @@ def _write(
     tokenizer: Any,
     results: list[StageResult],
     *,
+    before: Path | None,
     overwrite: bool,
     recipe: RecipeStage | None,
     record: dict[str, Any],
@@ -303,6 +311,8 @@ def _write(
         "tokens": sum(result.tokens for result in results),
         "steps": {result.stage: result.steps for result in results},
         "loss": {result.stage: result.loss for result in results},
+        "seconds": {result.stage: result.seconds for result in results},
+        "hardware": results[0].hardware,
         "seed": next(iter(record["options"].values()))["seed"],
     }
     parent = student.name_or_path or None
@@ -313,10 +323,11 @@ def _write(
             model.save_pretrained(folder, save_embedding_layers=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        for source in (Path(parent) / name for name in _MEASURED if parent is not None):
+        for source in (before / name for name in _MEASURED if before is not None):
             if source.is_file():
                 shutil.copyfile(source, Path(folder) / source.name)
         lines = [*(recipe.earlier if recipe else ()), *(line for result in results for line in result.log)]
         (Path(folder) / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
         more = dict(recipe.facts) if recipe else {}
-        provenance.write(folder, provenance.record(parent=parent, **record, **facts, **more))
+        origin: dict[str, Any] = {"parent": parent, "parent_folder": before, "parent_revision": commit_of(student)}
+        provenance.write(folder, provenance.record(**origin, **record, **facts, **more))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import set_seed
 
 from ..errors import UsageError, UserError
+from ..provenance import hardware
 from .blocks import BlockTrainer
 from .compiling import compiled
 from .feed import Item, length_of, steps_for, with_repeats
@@ -34,12 +35,15 @@ from .work import LOG_FILE, Place, open_work, start_hash
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What a stage did: optimizer steps, tokens seen, and the lines of its loss log."""
+    """What a stage did: optimizer steps, tokens seen, the lines of its loss log, and the seconds that it trained, those
+    before its last checkpoint included where it was resumed, on which hardware."""
 
     stage: str
     steps: int
     tokens: int
     log: list[dict[str, Any]]
+    seconds: float | None = field(default=None, compare=False)
+    hardware: str | None = field(default=None, compare=False)
 
     @property
     def loss(self) -> float | None:
@@ -106,7 +110,14 @@ def _train(
             trainer.optimizer = trainer.lr_scheduler = None
         log = folder / LOG_FILE
         lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    return StageResult(stage=stage, steps=max_steps, tokens=lines[-1]["tokens"] if lines else 0, log=lines)
+    return StageResult(
+        stage=stage,
+        steps=max_steps,
+        tokens=lines[-1]["tokens"] if lines else 0,
+        log=lines,
+        seconds=round(trainer.seconds, 1),
+        hardware=hardware(trainer.args.device),
+    )
 
 
 @contextmanager

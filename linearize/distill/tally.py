@@ -14,9 +14,11 @@ class Tally:
     """Sums a step's figures (numbers, or one a layer) under their names and gives means over the steps that had them.
 
     A checkpoint that lies between two lines of the log carries the sums, so that a resumed log is the same log.
+    `seconds` is the training time up to the checkpoint that was loaded.
     """
 
     def __init__(self) -> None:
+        self.seconds = 0.0
         self._sums: dict[str, Figure] = {}
         self._steps: dict[str, list[int]] = {}
 
@@ -45,11 +47,14 @@ class Tally:
         self._sums, self._steps = {}, {}
         return means
 
-    def save(self, checkpoint: Path) -> None:
-        (checkpoint / FILE).write_text(json.dumps({"sums": self._sums, "steps": self._steps}))
+    def save(self, checkpoint: Path, *, seconds: float = 0.0) -> None:
+        """Writes the sums, and the `seconds` of training until now."""
+        told = {"sums": self._sums, "steps": self._steps, "seconds": seconds}
+        (checkpoint / FILE).write_text(json.dumps(told))
 
     def load(self, checkpoint: Path) -> None:
         """What `save` wrote there; nothing for a checkpoint without it."""
         path = checkpoint / FILE
         saved: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         self._sums, self._steps = saved.get("sums", {}), saved.get("steps", {})
+        self.seconds = saved.get("seconds", 0.0)

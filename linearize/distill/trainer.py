@@ -7,6 +7,7 @@ import math
 import os
 import random
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -143,6 +144,7 @@ class StageTrainer(Trainer):
         self.watch = watch
         self.interrupt = Interrupt()
         self.tally = Tally()
+        self._began: float | None = None
         self.pace = _Pace(self.title, self.interrupt)
         super().__init__(
             model=model,
@@ -240,6 +242,11 @@ class StageTrainer(Trainer):
             )
         return self.optimizer
 
+    @property
+    def seconds(self) -> float:
+        """Of training so far: of this process, and of those before it up to the checkpoint that it went on from."""
+        return self.tally.seconds + (0.0 if self._began is None else time.monotonic() - self._began)
+
     def run(self, checkpoint: Path | None) -> None:
         """Trains to the end, from `checkpoint` if any. Raises UserError for a loss or gradient not finite, and
         SystemExit after a SIGTERM."""
@@ -247,6 +254,7 @@ class StageTrainer(Trainer):
             self._load_from_checkpoint(str(checkpoint))
             return
         saves = self.args.save_strategy != "no"
+        self._began = time.monotonic()
         try:
             # One device: a backward pass in autograd's own thread would only move every Python object to another core.
             with (
@@ -256,6 +264,7 @@ class StageTrainer(Trainer):
             ):
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
+            self.tally.seconds, self._began = self.seconds, None
             self.pace.close()
         if self.interrupt.asked:
             print(
@@ -297,7 +306,7 @@ class StageTrainer(Trainer):
         target = Path(output_dir or self.folder)
         target.mkdir(parents=True, exist_ok=True)
         save_file({name: p.detach().contiguous() for name, p in self._trainable().items()}, target / TRAINABLE_FILE)
-        self.tally.save(target)
+        self.tally.save(target, seconds=self.seconds)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / TRAINABLE_FILE)
