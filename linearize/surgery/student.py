@@ -6,6 +6,7 @@ import copy
 import difflib
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,6 +77,9 @@ def student_config(
         _check_options(to, anatomies[0], options)
     parent = copy.deepcopy(teacher.config)
     parent.dtype = teacher.dtype
+    here = Path(parent.name_or_path) if parent.name_or_path else None
+    if here is not None and here.exists():  # where it lay on this machine is no one else's business
+        parent.name_or_path = here.resolve().name
     return LinearizeConfig(
         parent_config=parent, layers=layers, mixer_options=options, architectures=["LinearizeForCausalLM"]
     )
