@@ -578,6 +578,7 @@ def report_verb(folder: Path, evaluation: Path | None, out: Path | None, overwri
 @click.option("--private", is_flag=True, help="Make REPO private; one that is there and public is refused.")
 @click.option("--revision", metavar="BRANCH", help="Push to this branch, made if need be.  [default: main]")
 @click.option("--message", metavar="TEXT", help="Of the commit.")
+@click.option("--overwrite", is_flag=True, help="Replace a model in REPO that linearize did not make.")
 @click.option("--dry-run", is_flag=True, help="Print the card and the files; no network, no token, nothing written.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def push_verb(folder: Path, repo: str, as_json: bool, **options: Any) -> None:

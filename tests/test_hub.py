@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -22,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub.constants
 import pytest
 from click.testing import CliRunner
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -37,13 +38,21 @@ from linearize.hub.teacher import Teacher, inherited, teacher_of
 
 TOKEN = "hf_of_the_tests"
 REPO = "someone/student"
+TOLD = ("evaluation.json", "linearize.json")  # records and results, which name places on this machine
 CODE = ["modeling_linearize.py", "configuration_linearize.py", "mixer.py"]
 
 
 class Hub:
-    """What a Hub holds, and how it is told to fail: `fail[(method, path's start)] = (status, headers, body)`."""
+    """What a Hub holds, and how it is told to fail: `fail[(method, path's start)] = (status, headers, body)`.
+
+    Large files come by LFS, or where `xet` is on by Xet, whose storage answers here too: what hf_xet sends there is
+    counted and not unpacked, so that of such a file the Hub holds the sha256 that the commit names.
+    """
 
     def __init__(self) -> None:
+        self.xet = False
+        self.xet_bytes = 0
+        self.at: dict[str, dict[str, bytes]] = {}  # the files of each commit that was asked for
         self.repos: dict[str, dict[str, dict[str, bytes]]] = {}
         self.private: dict[str, bool] = {}
         self.objects: dict[str, bytes] = {}
@@ -84,6 +93,9 @@ class Hub:
                 for (method, start), (status, headers, body) in hub.fail.items():
                     if method == self.command and path.startswith(start):
                         return self.answer(status, body, headers)
+                if path.startswith("/v"):  # Xet's storage, with its own token
+                    assert self.headers["Authorization"] == "Bearer of-xet"
+                    return self.answer(*hub.store(path, data))
                 if path.startswith("/objects/"):
                     hub.objects[path.rpartition("/")[2]] = data
                     return self.answer(200, b"")
@@ -96,6 +108,25 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def store(self, path: str, data: bytes) -> tuple:
+        """Xet's storage: knows no chunk, takes all."""
+        if "/xorbs/" in path:
+            self.xet_bytes += len(data)
+            return 200, {"was_inserted": True}
+        return (200, {"result": 1}) if path == "/v1/shards" else (404, {})
+
+    def sha(self, files: dict[str, bytes]) -> str:
+        """The commit that `files` are."""
+        digest = hashlib.sha1()
+        for name, content in sorted(files.items()):
+            digest.update(f"{name}\0".encode() + hashlib.sha1(content).digest())
+        self.at[digest.hexdigest()] = dict(files)
+        return digest.hexdigest()
+
+    def files_at(self, repo: str, revision: str) -> dict[str, bytes] | None:
+        branches = self.repos.get(repo, {})
+        return branches[revision] if revision in branches else self.at.get(revision) if branches else None
 
     def reply(self, method: str, path: str, data: bytes) -> tuple:
         if path == "/api/whoami-v2":
@@ -111,24 +142,47 @@ class Hub:
             self.repos[repo], self.private[repo] = {"main": {".gitattributes": b""}}, hidden
             return 200, {"url": f"{self.url}/{repo}"}
         if found := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", path):
-            content = self.repos.get(found[1], {}).get(found[2].removeprefix("sha-"), {}).get(found[3])
-            if content is None:
-                return 404, {"error": "no entry"}, {"X-Error-Code": "EntryNotFound"}
-            etag = hashlib.sha1(content).hexdigest()
-            return 200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": hashlib.sha1(content + b"commit").hexdigest()}
+            files = self.files_at(found[1], found[2])
+            if files is None:
+                return 404, {"error": "no such"}, {"X-Error-Code": "RevisionNotFound" if self.repos else "RepoNotFound"}
+            commit = {"X-Repo-Commit": self.sha(files)}
+            if found[3] not in files:
+                return 404, {"error": "no entry"}, {"X-Error-Code": "EntryNotFound", **commit}
+            return 200, files[found[3]], {"ETag": f'"{hashlib.sha1(files[found[3]]).hexdigest()}"', **commit}
         if found := re.fullmatch(r"/([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", path):
-            objects = [
-                {**entry, "actions": {"upload": {"href": f"{self.url}/objects/{entry['oid']}"}}}
-                for entry in json.loads(data)["objects"]
-            ]
+            objects = json.loads(data)["objects"]
+            for entry in objects:
+                if entry["oid"] not in self.objects:  # else it arrived before
+                    entry["actions"] = {"upload": {"href": f"{self.url}/objects/{entry['oid']}"}}
             return 200, {"objects": objects, "transfer": "basic"}
-        found = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/(revision|branch|preupload|commit)/(.+))?", path)
+        found = re.fullmatch(
+            r"/api/models/([\w.-]+/[\w.-]+)(?:/(revision|branch|preupload|commit|tree|xet-write-token)/(.+))?", path
+        )
         if found is None:
             return 404, {"error": "no such address"}
         repo, what, branch = found.groups()
         if repo not in self.repos:
             return 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
         branches = self.repos[repo]
+        if what == "xet-write-token":
+            if not self.xet:
+                return 404, {"error": "no such address"}
+            until = int(time.time()) + 3600
+            given = {"X-Xet-Cas-Url": self.url, "X-Xet-Access-Token": "of-xet", "X-Xet-Token-Expiration": str(until)}
+            return 200, {"casUrl": self.url, "accessToken": "of-xet", "exp": until}, given
+        if what in ("revision", "tree", None):
+            branch, _, under = (branch or "main").partition("/")
+            files = self.files_at(repo, branch)
+            if files is None:
+                return 404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"}
+            if under:
+                return 404, {"error": "no such folder"}, {"X-Error-Code": "EntryNotFound"}
+            if what == "tree":
+                kinds = {"type": "file", "size": 0, "oid": "0" * 40}
+                return 200, [{"path": name, **kinds} for name in files]
+            siblings = [{"rfilename": name} for name in files]
+            told = {"id": repo, "modelId": repo, "private": self.private.get(repo, False), "tags": []}
+            return 200, {**told, "sha": self.sha(files), "siblings": siblings}
         if what == "branch":
             if branch in branches:
                 return 409, {"error": "exists"}
@@ -144,17 +198,12 @@ class Hub:
             ]
             return 200, {"files": [{**mode, "shouldIgnore": False, "oid": None} for mode in modes]}
         if what == "commit":
-            self.commit(branches[branch], [json.loads(line) for line in data.splitlines()])
+            lines = [json.loads(line) for line in data.splitlines()]
+            if lines[0]["value"].get("parentCommit") not in (None, self.sha(branches[branch])):
+                return 412, {"error": "A commit has happened since"}
+            self.commit(branches[branch], lines)
             return 200, {"success": True, "commitUrl": f"{self.url}/{repo}/commit/c0ffee", "commitOid": "c0ffee"}
-        siblings = [{"rfilename": name} for name in branches[branch or "main"]]
-        return 200, {
-            "id": repo,
-            "modelId": repo,
-            "sha": f"sha-{branch or 'main'}",
-            "private": self.private[repo],
-            "siblings": siblings,
-            "tags": [],
-        }
+        return 404, {"error": "no such address"}
 
     def commit(self, files: dict[str, bytes], lines: list[dict]) -> None:
         for line in lines:
@@ -164,6 +213,9 @@ class Hub:
             elif line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
+                if self.xet:
+                    files[value["path"]] = value["oid"].encode()
+                    continue
                 files[value["path"]] = self.objects[value["oid"]]
                 assert hashlib.sha256(files[value["path"]]).hexdigest() == value["oid"]
             elif line["key"] == "deletedFile":
@@ -180,7 +232,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -264,6 +316,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def test_card_of_a_trained_student(out):
     card = linearize.push(out, REPO, dry_run=True).card
     fields = ModelCard(card).data.to_dict()
+    [index] = fields.pop("model-index")
+    [measured] = index["results"]
+    assert index["name"] == "student" and measured["metrics"][0]["type"] == "perplexity"
+    assert measured["dataset"] == {"name": "heldout.jsonl.gz", "type": "text"}
     assert fields == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -275,7 +331,9 @@ def test_card_of_a_trained_student(out):
     ratio = f"{judged['perplexity']['ratio']:.4g}"
     assert f"| **this model** | {judged['perplexity']['student']:.4g} | {ratio} | {judged['kl']:.4g} |" in card
     assert "| linear branch off |" in card and "| window off |" in card
-    assert "| transfer | train.jsonl.gz | 512 | 2 | 0.01 |" in card
+    record = json.loads((out / "linearize.json").read_text())
+    took = f"{record['seconds']['transfer']:.0f} s | {record['hardware']}"
+    assert re.search(rf"\| transfer \| train.jsonl.gz \| 512 \| 2 \| 0.01 \| [\d.]+ \| {took} \|", card)
     assert "of heldout.jsonl.gz in sequences of 128" in card
     assert "| mixer `gla` | layers 0-7 |" in card and "| window, keys of exact softmax | 64 |" in card
     assert "| stays softmax | nothing beside the window |" in card
@@ -355,7 +413,7 @@ def test_card_has_what_benchmarks_and_recipes_left(out):
     record = json.loads((out / "linearize.json").read_text())
     (out / "linearize.json").write_text(json.dumps({**record, "recipe": {"name": "mine|own", "source": "linearize"}}))
     pushed = linearize.push(out, REPO, dry_run=True)
-    assert "| student | 1 | 64 | 1234 | 2.5 | 400 | - | 2.0 KiB | 0 bytes |" in pushed.card
+    assert "| this model | 1 | 64 | 1234 | 2.5 | 400 | - | 2.0 KiB | 0 bytes |" in pushed.card
     assert (
         "Measured on a &lt;machine>, bfloat16, torch 2.0. Where this model is ahead: batch 1: decoding" in pushed.card
     )
@@ -365,13 +423,32 @@ def test_card_has_what_benchmarks_and_recipes_left(out):
     assert {"speed/model.json", "speed/model.png", "kernels.json", "keep_scores.png"} <= set(pushed.files)
 
 
-def test_time_that_drowned_in_noise_is_no_figure(out):
-    row = {"model": "student", "batch": 1, "context": 64, "decode_ms": 1e-6, "decode_tokens_per_second": 1e9}
+def test_figures_that_are_none_are_dashes(out):
+    row = {"model": "student", "batch": 1, "context": 64, "decode_ms": None, "decode_tokens_per_second": None}
+    row["error"] = "decoding by generate: a token's time is lost in the noise; raise --new-tokens above 2"
     results = {"hardware": "x", "dtype": "y", "versions": {}, "student": "x", "teacher": "y"}
-    results |= {"rows": [row], "overtakes": [{"batch": 1, "decode": 1.0}]}
+    results |= {"rows": [row], "overtakes": [{"batch": 1}]}
     (out / "model.json").write_text(json.dumps(results))
     card = linearize.push(out, REPO, dry_run=True).card
-    assert "| student | 1 | 64 | - | - | - | - | - | - |" in card and "is ahead" not in card
+    assert "| this model | 1 | 64 | - | - | - | - | - | - |" in card and "is ahead" not in card
+    assert "lost in the timer's noise" in card
+
+
+def test_card_says_what_brought_nothing(out):
+    """A reader who judges the model is told where something simpler is as near to the teacher."""
+    path = out / "evaluation.json"
+    judged = json.loads(path.read_text())
+    judged |= {"kl": 0.2, "recall_length": 64, "recall": {"student": 3.0, "teacher": 1.0}}
+    judged |= {"linear_off": {**judged["linear_off"], "kl": 0.1}, "window_alone": None}
+    path.write_text(json.dumps(judged))
+    card = linearize.push(out, REPO, dry_run=True).card
+    assert "the linear branch brings nothing" in card and "a KL of 0.1 nats" in card
+    assert "training brought nothing" not in card
+    assert "The window of 64 tokens reaches the first copy" in card and "Measured on passages" not in card
+    path.write_text(json.dumps({**judged, "recall_length": 65, "kl": 0.05}))
+    card = linearize.push(out, REPO, dry_run=True).card
+    assert "the linear branch brings nothing" not in card
+    assert "Measured on passages of 65 tokens: a loss of 3 nats a token on the second copy, the teacher's 1." in card
 
 
 def test_own_result_among_several_students(out):
@@ -402,8 +479,9 @@ def test_folder_that_python_saved(plain, tmp_path):
 def test_front_matter():
     assert front_matter.split("no head") == ({}, "no head")
     assert front_matter.split("---\na: 1\n---\nbody") == ({"a": 1}, "body")
-    assert front_matter.split("---\n---\nbody") == ({}, "body")
-    assert front_matter.split(front_matter.join({"a": "ü", "b": ["c"]}, "x")) == ({"a": "ü", "b": ["c"]}, "\nx")
+    assert front_matter.split("---\n\n---\nbody") == ({}, "body")
+    fields = ModelCardData(language="ü", tags=["c"])
+    assert front_matter.split(front_matter.join(fields, "x")) == ({"language": "ü", "tags": ["c"]}, "\nx")
     for broken in ("---\na: [\n---\n", "---\n- a\n---\n"):
         with pytest.raises(ValueError, match="front matter"):
             front_matter.split(broken)
@@ -495,6 +573,20 @@ def test_folders_that_are_refused(plain, made, tmp_path):
     refused(changed(lambda f: (f / "loss.jsonl").write_text("{")), "loss.jsonl", "not valid JSON")
     refused(changed(lambda f: (f / "README.md").write_text("---\na: [\n---\n")), "README.md", "front matter")
 
+    def said_otherwise(name: str, **changes: object) -> Path:
+        def change(folder: Path) -> None:
+            path = folder / name
+            path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
+
+        return changed(change)
+
+    refused(said_otherwise("linearize.json", history=["x"]), "does not write", "LINEARIZE_DEBUG")
+    refused(said_otherwise("linearize.json", steps={"a": 1}, seconds={}, tokens="many"), "does not write")
+    refused(said_otherwise("config.json", layers=[1]), "does not write")
+    refused(said_otherwise("config.json", auto_map={"AutoModel": "../../x.Y"}), "code that the model needs")
+    whole = {"perplexity": {"student": 1.0}, "recall": {}, "kl": None}
+    refused(said_otherwise("evaluation.json", **whole, datasets="x"), "does not write")
+
     def linked(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
         (folder / "model.safetensors").symlink_to(made / "plain" / "model.safetensors")
@@ -519,13 +611,15 @@ def test_dry_run_writes_nothing_and_opens_no_socket(out, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     before = snapshot(out)
     text = done("push", out, REPO, "--dry-run")
-    assert text.startswith("---\nlibrary_name: transformers") and "model.safetensors" in text
+    assert text.startswith("---\n") and "library_name: transformers" in text and "model.safetensors" in text
     assert "nothing pushed (--dry-run)" in text and "card: written from what was measured" in text
     told = json.loads(done("push", out, REPO, "--dry-run", "--json"))
     assert told["dry_run"] is True and told["card"] in text and told["commit"] is None
     sizes = {entry["path"]: entry["bytes"] for entry in told["files"]}
-    assert sizes["README.md"] == len(told["card"].encode())
-    assert all((out / name).stat().st_size == size for name, size in sizes.items() if name != "README.md")
+    assert sizes.pop("README.md") == len(told["card"].encode())
+    assert any(name.startswith("pictures/") for name in sizes)
+    same = [name for name in sizes if not name.startswith("pictures/") and name not in TOLD]
+    assert "config.json" in same and all((out / name).stat().st_size == sizes[name] for name in same)
     assert snapshot(out) == before
 
 
@@ -549,7 +643,13 @@ def test_what_arrives_is_what_lies_there(out, hub, tmp_path):
     held = hub.holds()
     assert sorted(held) == sorted(entry["path"] for entry in told["files"])
     for name, data in held.items():
-        assert data == (out / name).read_bytes(), name  # the card was written to the folder too
+        if name not in TOLD:
+            assert data == (out / name).read_bytes(), name  # card and pictures were written to the folder too
+        for place in (tmp_path.parent, teacher_folder().parent):
+            assert str(place).encode() not in data, name
+    for name in TOLD:  # the same but for the places on this machine
+        assert json.loads(held[name]).keys() == json.loads((out / name).read_text()).keys()
+    assert "pictures/evaluation-positions.png" in held
     assert MARK in held["README.md"].decode() and told["card_from"] == "generated"
     assert hub.summaries == ["ten tokens"] and told["commit"] == "c0ffee" and told["url"] == f"{hub.url}/{REPO}"
     assert "optimizer.pt" not in held and hub.private[REPO] is False
@@ -604,13 +704,138 @@ def test_old_weights_do_not_stay_in_the_way(plain, hub):
     hub.repos[REPO], hub.private[REPO] = {"main": dict(stale)}, False
     pushed = linearize.push(plain, REPO)
     assert set(stale) & set(hub.holds()) == {"extra.txt"}
-    assert sum("is removed" in note for note in pushed.notes) == 2
+    [told] = [note for note in pushed.notes if "removed" in note]
+    assert "model-00001-of-00002.safetensors, model.safetensors.index.json" in told
 
 
-def test_paths_of_this_machine_are_told(plain, hub):
-    record_of(plain, command="linearize convert /home/me/teacher")
-    [told] = [note for note in linearize.push(plain, REPO).notes if "paths of this machine" in note]
-    assert "linearize.json" in told
+def test_what_an_earlier_push_left_of_another_model_goes(out, plain, hub):
+    """Its adapter would be loaded in place of these weights, its figures would be read as this model's."""
+    linearize.push(out, REPO)
+    hub.repos[REPO]["main"] |= {"adapter_config.json": b"{}", "chat_template.jinja": b"", "eval-notes.json": b"{}"}
+    linearize.push(plain, REPO)
+    held = set(hub.holds())
+    assert not held & {"adapter_config.json", "chat_template.jinja", "evaluation.json", "loss.jsonl"}
+    assert not any(name.startswith("pictures/") for name in held) and "eval-notes.json" in held
+
+
+def test_another_model_is_not_replaced(plain, hub):
+    theirs = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"theirs"}
+    hub.repos[REPO], hub.private[REPO] = {"main": dict(theirs)}, False
+    message = said("push", plain, REPO)
+    assert "model_type is llama" in message and "--overwrite" in message and hub.holds() == theirs
+    linearize.push(plain, REPO, revision="converted")  # a new branch takes nothing away
+    assert hub.holds() == theirs and hub.holds(branch="converted")["model.safetensors"] != b"theirs"
+    linearize.push(plain, REPO, overwrite=True)
+    assert hub.holds()["model.safetensors"] == (plain / "model.safetensors").read_bytes()
+
+
+def test_paths_of_this_machine_stay(plain, hub):
+    home = "/home/me/s3cret"
+    record_of(
+        plain,
+        command=f"linearize convert {home}/teacher --dataset=a.txt,{home}/b.txt -o '../x y/out'",
+        teacher={"model": f"{home}/teacher"},
+        parent=f"~{home}/teacher",
+        recipe={"name": "mine", "source": f"{home}/mine.yaml", "spec": {"dataset": "org/data:x:train"}},
+        note=f"see {home}/log and https://example.org/a/b",
+    )
+    config = json.loads((plain / "config.json").read_text())
+    config["parent_config"]["_name_or_path"] = f"{home}/teacher"  # as an earlier version left it
+    (plain / "config.json").write_text(json.dumps(config))
+    (plain / "recipe.yaml").write_text(f"name: mine\ndataset: {home}/text.jsonl\nmodel: org/base\n")
+    linearize.push(plain, REPO)
+    held = hub.holds()
+    assert [name for name, data in held.items() if b"s3cret" in data] == []
+    record = json.loads(held["linearize.json"])
+    assert record["command"] == "linearize convert teacher --dataset=a.txt,b.txt -o out"
+    assert record["note"] == "see log and https://example.org/a/b" and record["recipe"]["source"] == "mine.yaml"
+    assert record["recipe"]["spec"]["dataset"] == "org/data:x:train" and record["teacher"]["model"] == "teacher"
+    assert held["recipe.yaml"] == b"name: mine\ndataset: text.jsonl\nmodel: org/base\n"
+    assert json.loads(held["config.json"])["parent_config"]["_name_or_path"] == "teacher"
+    assert "(source: mine.yaml)" in held["README.md"].decode()
+    assert home in (plain / "linearize.json").read_text()  # the folder's own record stays
+
+
+@pytest.mark.parametrize("name", ["linearize.json", "README.md", "mixer.py", "tokenizer_config.json"])
+def test_a_token_is_refused(plain, hub, name):
+    key = "hf_" + "a1B2" * 8
+    if name.endswith(".json"):
+        (plain / name).write_text(json.dumps({**json.loads((plain / name).read_text()), "note": key}))
+    else:
+        with (plain / name).open("a") as file:
+            file.write(f"\n# {key}\n")
+    message = said("push", plain, REPO)
+    assert name in message and "token" in message and "a1B2a1B2" not in message and not hub.repos
+
+
+def test_code_that_is_not_ours_is_told(plain):
+    with (plain / "mixer.py").open("a") as file:
+        file.write("\n")
+    notes = [note for note in linearize.push(plain, REPO, dry_run=True).notes if "is not the code" in note]
+    assert len(notes) == 1 and notes[0].startswith("mixer.py")
+
+
+# -- on the way
+
+
+def test_large_files_by_xet(out, hub):
+    """As huggingface_hub sends them to the real Hub."""
+    pytest.importorskip("hf_xet")
+    hub.xet = True
+    linearize.push(out, REPO)
+    weights = (out / "model.safetensors").read_bytes()
+    assert hub.holds()["model.safetensors"] == hashlib.sha256(weights).hexdigest().encode()
+    assert hub.xet_bytes > 0.5 * len(weights) and not hub.objects
+    assert not any("/info/lfs/" in call for call in hub.calls)
+    assert huggingface_hub.constants.HF_HUB_DISABLE_XET is False
+
+
+def test_large_files_where_there_is_no_xet(out, hub):
+    linearize.push(out, REPO)
+    assert any("/info/lfs/" in call for call in hub.calls)
+    assert huggingface_hub.constants.HF_HUB_DISABLE_XET is False  # others of the process are as before
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "part"),
+    [
+        (("GET", "/api/models/someone/student/xet-write-token"), 403, "may not write"),
+        (("POST", "/v1/xorbs"), 403, "may not write"),
+        (("POST", "/v1/xorbs"), 413, "too large"),
+    ],
+)
+def test_what_xet_refuses(plain, hub, call, status, part):
+    pytest.importorskip("hf_xet")
+    hub.xet = True
+    hub.fail[call] = (status, {}, b"{}")
+    assert part in said("push", plain, REPO) and not hub.summaries
+
+
+def test_a_push_that_was_stopped_goes_on(plain, hub):
+    """What arrived is not sent again, and until the commit the repository is what it was."""
+    hub.fail["POST", "/api/models/someone/student/commit"] = (400, {}, b"{}")
+    said("push", plain, REPO)
+    assert hub.holds() == {} and len(hub.objects) == 1
+    hub.fail.clear()
+    hub.calls.clear()
+    linearize.push(plain, REPO)
+    assert hub.holds()["model.safetensors"] == (plain / "model.safetensors").read_bytes()
+    assert not any(call.startswith("PUT") for call in hub.calls)
+
+
+def test_another_push_meanwhile_is_not_undone(plain, hub, monkeypatch):
+    linearize.push(plain, REPO)
+    usual = hub.reply
+
+    def reply(method: str, path: str, data: bytes) -> tuple:
+        if "/preupload/" in path:
+            hub.repos[REPO]["main"]["theirs.txt"] = b"new"
+        return usual(method, path, data)
+
+    monkeypatch.setattr(hub, "reply", reply)
+    assert "changed meanwhile" in said("push", plain, REPO)
+    linearize.push(plain, REPO)
+    assert hub.holds()["theirs.txt"] == b"new"
 
 
 def test_no_token(plain, hub, monkeypatch):
@@ -677,7 +902,6 @@ def test_hf_endpoint_of_the_environment(plain, hub, tmp_path):
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": TOKEN,
         "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
     }
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         environment.pop(name, None)
@@ -686,3 +910,78 @@ def test_hf_endpoint_of_the_environment(plain, hub, tmp_path):
     assert result.returncode == 0, result.stderr
     assert f"{hub.url}/{REPO} at c0ffee" in result.stdout and TOKEN not in result.stdout + result.stderr
     assert hub.holds()["model.safetensors"] == (plain / "model.safetensors").read_bytes()
+
+
+# -- what lies on the Hub
+
+
+def elsewhere(hub: Hub, tmp_path: Path, *command: str) -> str:
+    """What `command` prints in a process of its own, to which this Hub is the only one, with an empty cache."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_MODULES_CACHE"):
+        environment.pop(name, None)
+    result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+VERBS = """
+import json, sys
+from click.testing import CliRunner
+from linearize.cli import main
+
+for args in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(main, args)
+    print(json.dumps([result.exit_code, result.stdout, result.stderr]))
+"""
+
+
+def test_every_verb_takes_a_hub_id_with_its_revision(made, hub, tmp_path):
+    """The models are on branches: without the revision there is nothing to load."""
+    teacher = {path.name: path.read_bytes() for path in teacher_folder().iterdir() if path.is_file()}
+    student = {path.name: path.read_bytes() for path in (made / "plain").iterdir() if path.is_file()}
+    hub.repos["org/teacher"] = {"main": {"README.md": b"moved"}, "v2": teacher}
+    hub.repos["org/student"] = {"main": {"README.md": b"moved"}, "gla": student}
+    short = ["--tokens", "256", "--max-length", "128", "--batch-size", "1"]
+    text, few = str(text_file("heldout")), ["--context", "128", "--sequences", "1", "--recall-passages", "0"]
+    few += ["--retrieval-contexts", "0", "--agreement-prompts", "0", "--no-branches", "--json"]
+    at = "org/teacher@v2"
+    verbs = [
+        ["plan", at, "--to", "gla", "--json"],
+        ["convert", at, "--to", "gla", "-o", "converted"],
+        ["convert", "org/teacher", "--revision", "v2", "--to", "gla", "--dry-run", "-o", "other"],
+        ["distill", "org/student@gla", "--teacher", at, "--dataset", text, "--stage", "transfer", *short, "-o", "mine"],
+        ["finetune", "org/student@gla", "--dataset", text, *short, "--merge", "-o", "tuned"],
+        ["eval", "org/student@gla", "--teacher", at, "--dataset", text, *few],
+        ["eval", "org/student", "converted", "--revision", "gla", "--dataset", text, *few],
+        ["eval", "org/student@gla", at, "--dataset", text, *few],
+        ["generate", "org/student@gla", "The", "--max-new-tokens", "2", "--json"],
+        ["eval", "org/student", "--dataset", text, *few],
+        ["convert", at, "--revision", "v3", "--to", "gla", "-o", "other"],
+    ]
+    said = [json.loads(line) for line in elsewhere(hub, tmp_path, "-c", VERBS, json.dumps(verbs)).splitlines()]
+    assert [code for code, _, _ in said] == [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2], said
+    assert json.loads(said[5][1])["kl"] > 0
+    assert list(json.loads(said[6][1])["students"]) == ["org/student@gla", "converted"]
+    assert list(json.loads(said[7][1])["students"]) == ["org/student@gla", at]
+    assert "v3" in said[10][2] and "leave one of them out" in said[10][2]
+    commits = {name: hub.sha(files) for name, files in (("teacher", teacher), ("student", student))}
+    record = json.loads((tmp_path / "converted" / "linearize.json").read_text())
+    assert record["teacher"] == {"model": "org/teacher", "revision": "v2", "commit": commits["teacher"]}
+    for folder in ("mine", "tuned"):  # the student's own history was fetched with it
+        record = json.loads((tmp_path / folder / "linearize.json").read_text())
+        assert [entry["stage"] for entry in record["history"]] == ["convert"] and record["parent"] == "org/student"
+        assert record["parent_revision"] == commits["student"] and record["parent_hash"]
+    card = linearize.push(tmp_path / "converted", REPO, dry_run=True).card
+    assert f"org/teacher), revision v2 (commit {commits['teacher']})" in card
+    assert ModelCard(card).data.base_model == "org/teacher"
+
+
+def test_the_cards_own_lines_load_what_was_pushed(plain, hub, tmp_path):
+    """Where linearize is not installed, and where it is."""
+    card = linearize.push(plain, REPO).card
+    without, with_it = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    shown = elsewhere(hub, tmp_path, "-c", f"import sys\nsys.modules['linearize'] = None\n{without}")
+    assert "Once upon a time" in shown
+    told = elsewhere(hub, tmp_path, "-c", f"{with_it}\nprint(type(model).__module__)")
+    assert told.strip() == "linearize.modeling.modeling_linearize"

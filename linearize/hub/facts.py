@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 from .. import provenance
 from ..checkpoint_files import check_safetensors
-from .files import Belongings
+from ..rows import SUFFIXES
+from .files import TOKENIZERS, Belongings
 from .measured import Measured
 from .teacher import Teacher, teacher_of
 
 SOFTMAX = "softmax"
+_HUB_DATA = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[^/]*)?")
 _MIXER = ".mixer."  # marks the parameters that the teacher has not
 
 
@@ -28,6 +31,8 @@ class Stage:
     steps: int | None
     learning_rate: float | None
     loss: float | None
+    seconds: float | None
+    hardware: str | None
     time: str | None
 
 
@@ -45,7 +50,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a card says."""
+    """All that a card says. `conversion` is the record of `convert`, {} without one; `datasets` those of the Hub that
+    it was trained on."""
 
     teacher: Teacher
     chain: list[dict[str, Any]]
@@ -58,7 +64,10 @@ class Facts:
     stages: list[Stage]
     recipe: dict[str, Any] | None
     measured: Measured
-    calibrated_on: str | None
+    conversion: dict[str, Any]
+    datasets: list[str]
+    tokenizer: bool
+    chat: bool
     versions: dict[str, str]
 
 
@@ -84,17 +93,43 @@ def gather(folder: Path, belongings: Belongings) -> Facts:
         stages=[stage for entry in chain for stage in _stages(entry, belongings.measured.losses)],
         recipe=next((entry["recipe"] for entry in reversed(chain) if isinstance(entry.get("recipe"), dict)), None),
         measured=belongings.measured,
-        calibrated_on=next((name for entry in chain if (name := data_name(entry.get("calibrated_on")))), None),
+        conversion=next((entry for entry in chain if entry.get("stage") == "convert"), {}),
+        datasets=_hub_datasets(chain),
+        tokenizer=bool(TOKENIZERS & set(belongings.files)),
+        chat=_has_template(belongings),
         versions=dict(chain[-1].get("versions") or {}) if chain else {},
     )
 
 
-def data_name(spec: Any) -> str | None:
-    """A DATASET as others may read it: a Hub name as it is, files without the folders that they lay in."""
-    if not isinstance(spec, str) or not spec:
-        return None
-    from ..rows import SUFFIXES
+def _has_template(belongings: Belongings) -> bool:
+    """Whether the tokenizer brings a chat template."""
+    if "chat_template.jinja" in belongings.files or "chat_template.json" in belongings.files:
+        return True
+    path = belongings.files.get("tokenizer_config.json")
+    return path is not None and '"chat_template"' in path.read_text(encoding="utf-8", errors="replace")
 
+
+def _hub_datasets(chain: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names, owner/name, of the data sets of the Hub that the records tell of."""
+    found: dict[str, None] = {}
+    for entry in chain:
+        for spec in (entry.get("calibrated_on"), entry.get("dataset")):
+            name = data_name(spec)
+            if name is not None and name == spec and on_hub(name):
+                found[re.split("[@:]", name)[0]] = None
+    return list(found)
+
+
+def on_hub(dataset: str) -> bool:
+    """Whether a DATASET's name is owner/name of a data set on the Hub."""
+    return _HUB_DATA.fullmatch(dataset) is not None
+
+
+def data_name(spec: Any) -> str | None:
+    """A DATASET as others may read it: a Hub name as it is, files without the folders that they lay in, on one line."""
+    if not isinstance(spec, str) or not spec.strip():
+        return None
+    spec = " ".join(spec.split())
     parts = [part.strip() for part in spec.split(",") if part.strip()]
     local = [part.endswith(SUFFIXES) or part.startswith((".", "/", "~")) or Path(part).exists() for part in parts]
     return ", ".join(Path(part).name if here else part for part, here in zip(parts, local, strict=True))
@@ -128,8 +163,8 @@ def _kept(config: Mapping[str, Any], whole: Sequence[int]) -> Kept:
 
 def _stages(entry: Mapping[str, Any], losses: Sequence[Mapping[str, Any]]) -> list[Stage]:
     """A row for each stage of training that a record tells of, none for a conversion."""
-    steps, loss, options = (entry.get(name) or {} for name in ("steps", "loss", "options"))
-    if not all(isinstance(found, Mapping) for found in (steps, loss, options)):
+    steps, loss, options, seconds = (entry.get(name) or {} for name in ("steps", "loss", "options", "seconds"))
+    if not all(isinstance(found, Mapping) for found in (steps, loss, options)) or not isinstance(seconds, Mapping):
         return []
     seen = {line.get("stage"): line.get("tokens") for line in losses}  # the last line's
     settings = list(options.values())
@@ -145,6 +180,8 @@ def _stages(entry: Mapping[str, Any], losses: Sequence[Mapping[str, Any]]) -> li
                 steps=steps[name],
                 learning_rate=own.get("learning_rate"),
                 loss=loss.get(name),
+                seconds=seconds.get(name),
+                hardware=entry.get("hardware"),
                 time=entry.get("time"),
             )
         )

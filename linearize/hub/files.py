@@ -14,11 +14,13 @@ from ..checkpoint_files import check_folder
 from ..errors import UserError
 from . import measured
 from .measured import BENCH_FOLDERS, Measured
+from .pictures import FOLDER as PICTURES
 
 CARD = "README.md"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MOST_BYTES = 50 * 10**9  # plain HTTP gives no larger file back
 _NAMED = {"generation_config.json", "recipe.yaml", provenance.FILE}
+TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}
 _TOKENIZER = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json"),
@@ -28,13 +30,18 @@ _TERMS = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|ATTRIBUTION)(\.(md|txt))?", 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib")
 _UNFINISHED = re.compile(r"\..+\.(partial|replaced)-\d+")
 _RELATIVE = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import\b|import\s+\.(\w+))", re.MULTILINE)
-_FOLDERS = tuple(folder for folder in (*BENCH_FOLDERS, _TEMPLATES) if folder)
+_FOLDERS = tuple(folder for folder in (*BENCH_FOLDERS, _TEMPLATES, PICTURES) if folder)
+_STALE = re.compile(
+    r"model-\d{5}-of-\d{5}\.safetensors|adapter_(config\.json|model\.safetensors)|evaluation\.json|loss\.jsonl"
+    r"|(keep_scores|calibration)\.(json|png)|((speed|bench)/)?(model|kernels)\.(json|png)" + rf"|{PICTURES}[\w.-]+\.png"
+)
 
 
 @dataclass(frozen=True)
 class Belongings:
     """What goes up (path in the repository -> file here), what stays and why, and what was read on the way. The card
-    is in neither: `own_card` is the README.md that lies there."""
+    is in neither: `own_card` is the README.md that lies there. `told` are the files that are records and results, and
+    no part of the model."""
 
     files: dict[str, Path]
     left_out: dict[str, str]
@@ -42,6 +49,13 @@ class Belongings:
     shards: list[Path]
     measured: Measured
     own_card: Path | None
+    told: frozenset[str]
+
+
+def is_stale(name: str) -> bool:
+    """Whether a file of the repository that this push does not have would be loaded in place of what it has, or tells
+    of other weights: those, their index, an adapter, the tokenizer's, figures and pictures."""
+    return name in (WEIGHTS, INDEX) or name in _TOKENIZER or _STALE.fullmatch(name) is not None
 
 
 def collect(folder: Path) -> Belongings:
@@ -61,6 +75,7 @@ def collect(folder: Path) -> Belongings:
     belong |= {*found.files, *found.pictures}
     belong |= {name for name in there if name in _NAMED | _TOKENIZER or _TERMS.fullmatch(name)}
     belong |= {name for name in there if name.startswith(_TEMPLATES) and name.endswith(".jinja")}
+    belong |= {name for name in there if name.startswith(PICTURES) and name.endswith(".png")}
     for name in sorted(set(there) - belong - {CARD}):
         left_out[name] = found.refused.get(name) or _why(name)
     for name in sorted(belong):
@@ -77,6 +92,7 @@ def collect(folder: Path) -> Belongings:
         shards=[there[name] for name in shards],
         measured=found,
         own_card=there.get(CARD),
+        told=frozenset(belong & {*found.files, "recipe.yaml", provenance.FILE}),
     )
 
 

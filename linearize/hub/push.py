@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import modeling
 from ..errors import UsageError, UserError
-from . import front_matter
+from ..version import __version__
+from . import front_matter, public
 from .card import card, is_generated
 from .facts import Facts, gather
-from .files import CARD, INDEX, WEIGHTS, Belongings, collect
+from .files import CARD, CONFIG, PICTURES, Belongings, collect, is_stale
+from .pictures import available, drawn
 from .said import hub_said
 from .teacher import inherited, local_card
+from .transfer import large_files
 
 _REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_LOCAL_PATH = re.compile(r"(?<=[\s\"'=,])(?:~|/[\w.@+-]+)(?:/[\w.@+-]+)+")
 GENERATED, OWN, REMOTE = "generated", "OUT", "REPO"
 
 
@@ -57,14 +61,19 @@ def push(
     private: bool = False,
     revision: str | None = None,
     message: str | None = None,
+    overwrite: bool = False,
     dry_run: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Pushed:
     """Uploads the converted model in `out` to the Hub, with a card written from what was measured and recorded.
 
     The token is the one of `HF_TOKEN` or of `hf auth login`, the Hub the one of `HF_ENDPOINT`. A README.md in `out`, or
-    in the repository, that a person wrote is kept as it is. What an earlier push left of the weights and would be
-    loaded in place of these is removed in the same commit.
+    in the repository, that a person wrote is kept as it is. What an earlier push left and would be loaded in place of
+    this model, or tells of another, is removed in the same commit. Paths of this machine are cut from records and
+    results; a token in any file is refused.
+
+    Large files go up by Xet where hf_xet is installed and the Hub has it, else by LFS; a push that was stopped sends
+    only what is missing when it is run again.
 
     Args:
         out: a folder that convert, distill, finetune or run made.
@@ -72,6 +81,7 @@ def push(
         private: make it private. A repository that is there and public is refused.
         revision: the branch, made where it is not there; main by default.
         message: the commit's.
+        overwrite: replace a model of another kind in the repository, which is refused otherwise.
         dry_run: neither ask the Hub nor write anything.
         say: told the notes of the result as they come up.
 
@@ -81,16 +91,31 @@ def push(
     """
     folder = Path(out).expanduser()
     _check_names(folder, repo, revision)
-    belongings = collect(folder)
-    facts = gather(folder, belongings)
     branch = None if revision in (None, "main") else revision
-    own = _own_card(belongings)
-    known = local_card(facts.teacher)
-    push = _Push(folder, repo, private, branch, belongings, facts, own, known, say)
+    with _as_written(folder):
+        belongings = collect(folder)
+        facts = gather(folder, belongings)
+        push = _Push(folder, repo, private, branch, belongings, facts, _own_card(belongings), say)
+        push.text()  # what cannot be told is said before anything is asked of the Hub
     if dry_run:
         return push.result(dry_run=True)
-    push.upload(message or f"Upload {folder.resolve().name}, converted by linearize")
+    push.upload(message or f"Upload {folder.resolve().name}, converted by linearize", overwrite=overwrite)
     return push.result(dry_run=False)
+
+
+@contextmanager
+def _as_written(folder: Path) -> Iterator[None]:
+    """One message where a JSON of the folder has other kinds of values than the verbs write."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{folder}: its config.json, linearize.json or a result holds what linearize does not write "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); make the folder again, or take that "
+            "result out; LINEARIZE_DEBUG=1 shows where"
+        ) from error
 
 
 def _check_names(folder: Path, repo: str, revision: str | None) -> None:
@@ -116,6 +141,7 @@ def _own_card(belongings: Belongings) -> str | None:
         return None
     try:
         text = belongings.own_card.read_text(encoding="utf-8")
+        public.refuse_token(str(belongings.own_card), text.encode())
         if is_generated(text):
             return None
         front_matter.split(text)
@@ -136,42 +162,51 @@ class _Push:
         belongings: Belongings,
         facts: Facts,
         own: str | None,
-        teacher_card: str | None,
         say: Callable[[str], None],
     ) -> None:
         self.folder, self.repo, self.private, self.branch = folder, repo, private, branch
-        self.belongings, self.facts, self.own, self.teacher_card, self.say = belongings, facts, own, teacher_card, say
+        self.belongings, self.facts, self.own, self.say = belongings, facts, own, say
+        self.teacher_card = local_card(facts.teacher)
         self.notes: list[str] = []
         self.remote_card: str | None = None
         self.url: str | None = None
         self.commit: str | None = None
+        self.drawn = {} if own is not None else drawn(belongings.measured)
+        self.files = self._contents()
         self._local_notes()
+
+    def _contents(self) -> dict[str, Path | bytes]:
+        """What goes up beside the card: files as they are, or in the words that others may read."""
+        found: dict[str, Path | bytes] = {}
+        cleaned = []
+        for name, path in self.belongings.files.items():
+            if name.startswith(PICTURES) and self.own is None:
+                continue  # drawn anew
+            cut = public.contents(name, path, told=name in self.belongings.told)
+            found[name] = path if cut is None else cut
+            cleaned += [name] if cut is not None else []
+        if cleaned:
+            self.note(f"{', '.join(cleaned)}: paths of this machine are cut to their last part in what goes up")
+        return dict(sorted({**found, **self.drawn}.items()))
 
     def note(self, text: str) -> None:
         self.notes.append(text)
         self.say(text)
 
     def _local_notes(self) -> None:
-        teacher, names = self.facts.teacher, set(self.belongings.files)
+        teacher = self.facts.teacher
         if teacher.hub_id is None:
             self.note(f"the teacher is not known by a Hub id, so the card names no base_model; add it to {CARD}")
         elif not teacher.sure:
             self.note(f"base_model {teacher.hub_id} is from config.json, no record names it: check that it is right")
-        if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}:
+        if not self.facts.tokenizer:
             self.note("there is no tokenizer in OUT: tokenizer.save_pretrained(OUT), and push again")
-        if told := self._local_paths():
-            files, path = ", ".join(told), next(iter(told.values()))
-            self.note(f"{files} go up as they are and name paths of this machine, as {path}")
-
-    def _local_paths(self) -> dict[str, str]:
-        """Files that anyone will be able to read and that tell of this machine."""
-        found = {}
-        for name, path in self.belongings.files.items():
-            if name.endswith((".json", ".jsonl", ".yaml")) and not name.startswith("tokenizer"):
-                first = _LOCAL_PATH.search(path.read_text(encoding="utf-8", errors="replace"))
-                if first:
-                    found[name] = first[0]
-        return found
+        ours = Path(modeling.__file__).parent
+        for name in self.belongings.files:
+            if name.endswith(".py") and not _same(self.belongings.files[name], ours / name):
+                self.note(f"{name} is not the code of linearize {__version__}: read it, others will run it")
+        if self.own is None and not self.drawn and not available():
+            self.note("no pictures, matplotlib is not installed: pip install 'linearize[bench]', and push again")
 
     def text(self) -> tuple[str, str]:
         """The card, and whose it is."""
@@ -180,14 +215,18 @@ class _Push:
         if self.remote_card is not None:
             return self.remote_card, REMOTE
         known = {} if self.teacher_card is None else inherited(self.teacher_card, self.facts.teacher)
-        return card(self.facts, self.repo, inherited=known, revision=self.branch), GENERATED
+        pictures = [name for name in self.files if name.endswith(".png")]
+        text = card(self.facts, self.repo, inherited=known, pictures=pictures, revision=self.branch)
+        return text, GENERATED
 
     def result(self, *, dry_run: bool) -> Pushed:
         text, whose = self.text()
         if whose == GENERATED and self.teacher_card is None and self.facts.teacher.hub_id is not None:
             when = "is looked up when it is pushed" if dry_run else "could not be read: add license to the card"
             self.note(f"the licence of {self.facts.teacher.hub_id} {when}")
-        sizes = {name: path.stat().st_size for name, path in self.belongings.files.items()}
+        sizes = {
+            name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in self.files.items()
+        }
         if whose != REMOTE:
             sizes = {CARD: len(text.encode()), **sizes}
         return Pushed(
@@ -204,10 +243,10 @@ class _Push:
             commit=self.commit,
         )
 
-    def upload(self, message: str) -> None:
+    def upload(self, message: str, *, overwrite: bool) -> None:
         """Makes repository and branch where they are not there, and one commit."""
         from huggingface_hub import HfApi, get_token
-        from huggingface_hub.utils import RepositoryNotFoundError
+        from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError
 
         token = get_token()
         if token is None:
@@ -224,18 +263,35 @@ class _Push:
                     f"{self.repo} is there and public, so --private would not hide this: make it private at "
                     f"{api.endpoint}/{self.repo}/settings, or push to another REPO"
                 )
-            api.create_repo(self.repo, private=True if self.private else None, exist_ok=True)
-            if self.branch is not None and not self.branch.startswith("refs/"):
-                api.create_branch(self.repo, branch=self.branch, exist_ok=True)
-            if info is not None and self.branch is not None:
-                info = api.model_info(self.repo, revision=self.branch)
+            made = info is None
+            if made:
+                api.create_repo(self.repo, private=True if self.private else None, exist_ok=True)
+            elif self.branch is not None:
+                try:
+                    info = api.model_info(self.repo, revision=self.branch)
+                except RevisionNotFoundError:
+                    made = True
             there = {entry.rfilename for entry in info.siblings or ()} if info is not None else set()
+            # A new branch holds what main does.
+            if CONFIG in there and not overwrite and (self.branch is None or not made):
+                self._refuse_another(_kind(_download(api, self.repo, CONFIG, info.sha)))
+            if made and self.branch is not None:
+                api.create_branch(self.repo, branch=self.branch, exist_ok=True)
             if CARD in there:
-                self._look_at(_download(api, self.repo, info.sha))
-            if self.teacher_card is None and self.facts.teacher.hub_id is not None and self.own is None:
-                self.teacher_card = _try_download(api, self.facts.teacher.hub_id, self.facts.teacher.revision)
-            self._commit(api, message, there)
+                self._look_at(_download(api, self.repo, CARD, info.sha))
+            teacher = self.facts.teacher
+            if self.teacher_card is None and teacher.hub_id is not None and self.own is None:
+                self.teacher_card = _try_card(api, teacher.hub_id, teacher.commit or teacher.revision)
+            self._commit(api, message, there, None if info is None else info.sha)
         self._keep_card()
+
+    def _refuse_another(self, kind: str) -> None:
+        """What lies in the repository must be a converted model, too, to be replaced by one."""
+        if kind != "linearize":
+            raise UserError(
+                f"{self.repo} holds a model that linearize did not make (its model_type is {kind}): push to another "
+                "REPO or --revision BRANCH, or pass --overwrite to put this in its place"
+            )
 
     def _look_at(self, text: str) -> None:
         """What the repository's card says: whose it is, and of which model."""
@@ -253,47 +309,67 @@ class _Push:
         if body.strip() and not is_generated(text) and self.own is None:
             self.remote_card = text
 
-    def _commit(self, api: Any, message: str, there: set[str]) -> None:
+    def _commit(self, api: Any, message: str, there: set[str], parent: str | None) -> None:
+        """All in one commit upon `parent`: the repository is what it was, or whole."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         text, whose = self.text()
         operations: list[Any] = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path.resolve()))
-            for name, path in self.belongings.files.items()
+            CommitOperationAdd(name, what if isinstance(what, bytes) else str(what.resolve()))
+            for name, what in self.files.items()
         ]
         if whose != REMOTE:
-            operations.insert(0, CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=text.encode()))
-        # What from_pretrained would take in place of these weights, or that no index names any more.
-        for name in sorted(there - set(self.belongings.files)):
-            if name in (WEIGHTS, INDEX) or _SHARD.fullmatch(name):
-                operations.append(CommitOperationDelete(path_in_repo=name))
-                self.note(f"{name}, of an earlier push, is removed from {self.repo}")
-        done = api.create_commit(self.repo, operations, commit_message=message, revision=self.branch)
+            operations.insert(0, CommitOperationAdd(CARD, text.encode()))
+        stale = sorted(name for name in there - set(self.files) if is_stale(name))
+        operations += [CommitOperationDelete(name) for name in stale]
+        if stale:
+            self.note(f"of an earlier push, removed from {self.repo}: {', '.join(stale)}")
+        with large_files(api, self.repo, self.branch):
+            done = api.create_commit(
+                self.repo, operations, commit_message=message, revision=self.branch, parent_commit=parent
+            )
         self.commit, self.url = done.oid, f"{api.endpoint}/{self.repo}"
         if self.branch is not None:
             self.url += f"/tree/{self.branch}"
 
     def _keep_card(self) -> None:
-        """The card that we wrote, in the folder too, so that a person can go on from it."""
+        """The card that we wrote and its pictures, in the folder too, so that a person can go on from them."""
         text, whose = self.text()
         if whose != GENERATED:
             return
-        part = self.folder / f".{CARD}.part-{os.getpid()}"
         try:
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, self.folder / CARD)
+            for name, what in {CARD: text.encode(), **self.drawn}.items():
+                path = self.folder / name
+                path.parent.mkdir(exist_ok=True)
+                part = path.with_name(f".{path.name}.part-{os.getpid()}")
+                try:
+                    part.write_bytes(what)
+                    os.replace(part, path)
+                finally:
+                    part.unlink(missing_ok=True)
         except OSError as error:
-            part.unlink(missing_ok=True)
             self.note(f"the card is pushed but could not be written to {self.folder}: {error.strerror or error}")
 
 
-def _download(api: Any, repo: str, revision: str | None) -> str:
-    return Path(api.hf_hub_download(repo, CARD, revision=revision)).read_text(encoding="utf-8", errors="replace")
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
 
 
-def _try_download(api: Any, repo: str, revision: str | None) -> str | None:
+def _kind(text: str) -> str:
+    """The model_type of a config.json."""
+    try:
+        return str(json.loads(text).get("model_type"))
+    except (ValueError, AttributeError):
+        return "not to be read"
+
+
+def _download(api: Any, repo: str, name: str, revision: str | None) -> str:
+    return Path(api.hf_hub_download(repo, name, revision=revision)).read_text(encoding="utf-8", errors="replace")
+
+
+def _try_card(api: Any, repo: str, revision: str | None) -> str | None:
     """The teacher's card, None where it has none or it may not be read: the upload goes on without."""
     try:
-        return _download(api, repo, revision)
+        return _download(api, repo, CARD, revision)
     except Exception:
         return None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import UserError
 
+_XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})\b")
 _SETTINGS = "https://huggingface.co/settings/tokens"
 
 
@@ -79,7 +81,10 @@ def _message(error: Exception, repo: str, endpoint: str) -> str:
 
 
 def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    # hf_xet, which is no Python, says it in words alone
+    told = _XET_STATUS.search(str(error)) if code is None else None
+    return int(told[1]) if told else code
 
 
 def _first(error: BaseException) -> str:

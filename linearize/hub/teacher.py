@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from . import front_matter
+from .public import CACHED
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# A folder of the Hub's cache tells the model and its commit.
-_CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})/?")
 # What a student has from its teacher, and a card's reader must know.
 _INHERITED = ("license", "license_name", "license_link", "language")
 
@@ -20,11 +19,12 @@ _INHERITED = ("license", "license_name", "license_link", "language")
 @dataclass(frozen=True)
 class Teacher:
     """`name` is for people: a Hub id, or the last part of a path. `hub_id` where it is known to be one; `sure` is off
-    where that was read from a name alone."""
+    where that was read from a name alone. `revision` is what a person asked for, `commit` what that was then."""
 
     name: str | None = None
     hub_id: str | None = None
     revision: str | None = None
+    commit: str | None = None
     gguf_file: str | None = None
     folder: Path | None = None
     hash: str | None = None
@@ -37,7 +37,7 @@ def teacher_of(chain: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) ->
     if converted is not None:
         told = converted["teacher"]
         model, local = str(told.get("model") or ""), converted.get("parent_hash") is not None
-        facts: dict[str, Any] = {name: told.get(name) for name in ("revision", "gguf_file")}
+        facts: dict[str, Any] = {name: told.get(name) for name in ("revision", "commit", "gguf_file")}
         facts["hash"] = converted.get("parent_hash")
     else:
         named = [entry["teacher"] for entry in chain if isinstance(entry.get("teacher"), str)]
@@ -45,7 +45,7 @@ def teacher_of(chain: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) ->
         local, facts = Path(model).expanduser().exists(), {"sure": False}
     if not model:
         return Teacher()
-    if cached := _CACHED.search(Path(model).as_posix() + "/"):
+    if cached := CACHED.search(Path(model).as_posix() + "/"):
         return Teacher(**{**facts, **_named(f"{cached['owner']}/{cached['name']}", cached["commit"])})
     if not local and _HUB_ID.fullmatch(model) and not model.startswith("."):
         return Teacher(**{**facts, **_named(model, facts.get("revision"))})
@@ -70,7 +70,7 @@ def inherited(card: str, teacher: Teacher) -> dict[str, Any]:
         if teacher.hub_id is None:
             del found["license_link"]
         else:  # a file that lies beside the teacher's card
-            at = f"https://huggingface.co/{teacher.hub_id}/blob/{teacher.revision or 'main'}"
+            at = f"https://huggingface.co/{teacher.hub_id}/blob/{teacher.commit or teacher.revision or 'main'}"
             found["license_link"] = f"{at}/{link.removeprefix('./')}"
     return found
 
@@ -87,7 +87,7 @@ def local_card(teacher: Teacher) -> str | None:
     if teacher.hub_id is not None:
         from huggingface_hub import try_to_load_from_cache
 
-        path = try_to_load_from_cache(teacher.hub_id, "README.md", revision=teacher.revision)
+        path = try_to_load_from_cache(teacher.hub_id, "README.md", revision=teacher.commit or teacher.revision)
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return None
     return Path(path).read_text(encoding="utf-8", errors="replace")

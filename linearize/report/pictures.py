@@ -40,7 +40,7 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def loss(lines: Sequence[Row]) -> str:
+def loss_figure(lines: Sequence[Row]) -> Any:
     """Loss over tokens of one stage, and its parts where it has any."""
     figure, axes = _axes()
     parts = [name for name in ("loss", "kl", "ce") if any(isinstance(line.get(name), int | float) for line in lines)]
@@ -53,10 +53,10 @@ def loss(lines: Sequence[Row]) -> str:
     axes.set_ylabel("loss")
     if len(parts) > 1:
         axes.legend(fontsize=8)
-    return _svg(figure)
+    return figure
 
 
-def positions(rows: Sequence[Row]) -> str:
+def positions_figure(rows: Sequence[Row]) -> Any:
     """Mean next-token loss by position in the sequence."""
     figure, axes = _axes()
     labels = [f"{row['from']}-{row['to']}" for row in rows]
@@ -67,10 +67,10 @@ def positions(rows: Sequence[Row]) -> str:
     axes.set_xlabel("position, tokens")
     axes.set_ylabel("loss, nats")
     axes.legend(fontsize=8)
-    return _svg(figure)
+    return figure
 
 
-def retrieval(rows: Sequence[Row]) -> str:
+def retrieval_figure(rows: Sequence[Row]) -> Any:
     """Share of keys whose value is found, by context length."""
     figure, axes = _axes()
     for role, colour in (("teacher", TEACHER), ("student", STUDENT)):
@@ -81,7 +81,22 @@ def retrieval(rows: Sequence[Row]) -> str:
     axes.set_xlabel("context, tokens")
     axes.set_ylabel("found")
     axes.legend(fontsize=8)
-    return _svg(figure)
+    return figure
+
+
+def loss(lines: Sequence[Row]) -> str:
+    """`loss_figure`, drawn."""
+    return _svg(loss_figure(lines))
+
+
+def positions(rows: Sequence[Row]) -> str:
+    """`positions_figure`, drawn."""
+    return _svg(positions_figure(rows))
+
+
+def retrieval(rows: Sequence[Row]) -> str:
+    """`retrieval_figure`, drawn."""
+    return _svg(retrieval_figure(rows))
 
 
 def scores(found: Row) -> str:
