@@ -7,32 +7,40 @@ import math
 import pytest
 import torch
 from conftest import tiny_teacher
+from families import teacher_of
 
 from linearize.convert import convert
-from linearize.modeling.attention import rotate
 from linearize.modeling.decay import default_half_lives
-from linearize.surgery.starts import POSITIONS, _second_moment
+from linearize.modeling.projections import rotate
+from linearize.surgery.anatomy import read_anatomy
+from linearize.surgery.proof import calls_of
+from linearize.surgery.rotation import frequencies
+from linearize.surgery.starts import POSITIONS, second_moment
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma", "cohere+norms", "gpt2", "gpt_neox", "olmo2"])
+@pytest.mark.parametrize("which", [0, 1, 2])
 @torch.no_grad()
-def test_second_moments_match_samples(family):
-    teacher = tiny_teacher(family, torch.float64)
-    student = convert(teacher, "based")
-    attention = student.mixer_layers()[0][1]
-    gain = torch.rand(64, dtype=torch.float64) + 0.5
-    inv_freq = teacher.model.rotary_emb.inv_freq
-    x = torch.randn(400, len(POSITIONS), 64, dtype=torch.float64)
-    q = attention.q_proj(x * gain).unflatten(-1, (4, 16))
-    if attention.q_norm is not None:
-        q = attention.q_norm(q)
-    angle = (POSITIONS[:, None] * inv_freq).double()
-    cos, sin = torch.cat([angle.cos()] * 2, -1)[None], torch.cat([angle.sin()] * 2, -1)[None]
-    q = rotate(q, cos, sin, 16)
-    sampled = torch.einsum("bphi,bphj->hij", q, q) / (400 * len(POSITIONS))
-    moment = _second_moment(attention.q_proj, attention.q_norm, 4, gain, inv_freq)
-    # Norms make the sample's moment only approximately the linear one.
-    tolerance = 0.25 if family == "qwen3" else 0.03
+def test_second_moments_match_samples(family, which):
+    """Of inputs as the teacher's own norm makes them, projected as the student projects them."""
+    teacher = teacher_of(family)
+    anatomy = read_anatomy(teacher)[0]
+    norm = calls_of(teacher, [anatomy])[0].norm
+    assert (norm is None) == (family == "olmo2")
+    attention = convert(teacher, "based").mixer_layers()[0][1]
+    inv_freq = frequencies(teacher, 0) if anatomy.rotary_dim else None
+    x = torch.randn(400, len(POSITIONS), 64)
+    x = x if norm is None else norm(3 * x)
+    cos, sin = torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+    if inv_freq is not None:
+        angle = POSITIONS[:, None] * inv_freq
+        angle = angle.repeat_interleave(2, -1) if anatomy.rotary == "pairs" else torch.cat([angle] * 2, -1)
+        cos, sin = angle.cos()[None], angle.sin()[None]
+    y = attention.project(x, (cos, sin))[which].double()
+    sampled = torch.einsum("bphi,bphj->hij", y, y) / (400 * len(POSITIONS))
+    moment = second_moment(attention, which, norm, inv_freq)
+    # Norms of queries and keys make the sample's moment only approximately the linear one.
+    tolerance = 0.25 if anatomy.norms and which < 2 else 0.08
     assert float((moment - sampled).norm() / sampled.norm()) < tolerance
 
 

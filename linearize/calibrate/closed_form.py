@@ -48,7 +48,7 @@ def per_state(attention: LinearizeAttention, value: Tensor, weight: Tensor) -> T
 def start_from_statistics(attention: LinearizeAttention, found: HeadStatistics) -> None:
     """Half-lives, the delta rule's beta, Based's projections."""
     mixer = attention.mixer
-    device = attention.q_proj.weight.device
+    device = attention.device
     if isinstance(mixer, DecayingMixer):
         half_lives = per_state(attention, found.half_lives(), found.far_mass)
         mixer.set_half_lives(half_lives.to(device))

@@ -52,6 +52,6 @@ def probe_of(teacher: Any, *, window: int, sinks: int) -> Any:
         anatomy = attention.anatomy
         restored = Restored(anatomy.num_heads, anatomy.scale, window, sinks, anatomy.window)
         attention.mixer = restored.to(  # type: ignore[assignment]
-            attention.q_proj.weight.device
+            attention.device
         )
     return probe

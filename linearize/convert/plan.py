@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling import LinearizeForCausalLM
-from ..surgery.anatomy import family_of, meta_model, read_anatomy
+from ..surgery.anatomy import meta_model, read_anatomy
 from ..surgery.keep import as_many, parse_auto
 from ..surgery.student import check_mixer, student_config
 from .estimates import convert_estimate, distill_estimate
@@ -90,7 +90,8 @@ def describe(student: LinearizeForCausalLM, teacher: PreTrainedModel, to: str) -
     """The plan of a student, on the meta device or with weights."""
     config: Any = student.config
     element = torch.finfo(teacher.dtype).bits // 8
-    prefix = family_of(teacher.config).layers
+    anatomies = read_anatomy(teacher)
+    prefix = anatomies[0].layer_path.rpartition(".")[0]
     layers = [
         LayerPlan(index, layer["mixer"], layer.get("softmax_heads", []), softmax_window=layer.get("softmax_window"))
         for index, layer in enumerate(config.layers)
@@ -113,7 +114,7 @@ def describe(student: LinearizeForCausalLM, teacher: PreTrainedModel, to: str) -
         owner.tensors.append(TensorPlan(name, list(tensor.shape), origin))
     state = kv = kv_teacher = 0
     swapped = dict(student.mixer_layers())
-    for index, anatomy in enumerate(read_anatomy(teacher)):
+    for index, anatomy in enumerate(anatomies):
         attention = swapped.get(index)
         heads = anatomy.num_kv_heads * anatomy.head_dim * 2 * element
         kv_teacher += heads

@@ -25,7 +25,7 @@ def attentions(student: Any) -> list[Any]:
     """The swapped attention modules, with the tensors that compiled code cannot make for all of them alike."""
     found = []
     for _, attention in student.mixer_layers():
-        attention.routes(attention.o_proj.weight.device)
+        attention.routes(attention.device)
         found.append(attention)
     return found
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..modeling.cache import CACHES
 from .feed import Item
 from .losses import transfer_loss
 
@@ -69,7 +70,7 @@ def meet_layers(
 
     def hook_for(layer: int, ours: nn.Module) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            meet(layer, ours, (args, kwargs | {"past_key_values": None}), output)
+            meet(layer, ours, (args, kwargs | {name: None for name in CACHES if name in kwargs}), output)
 
         return hook
 

@@ -7,10 +7,9 @@ import warnings
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def lora_targets(student: Any, on: str) -> list[str]:
@@ -20,13 +19,14 @@ def lora_targets(student: Any, on: str) -> list[str]:
     kept softmax layers too; "linear", every linear layer of the decoder (never a mixer's, never the head).
     """
     paths = [attention.path for _, attention in student.mixer_layers()]
-    linear = [name for name, module in student.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in student.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     head = student.get_output_embeddings()
     linear = [name for name in linear if ".mixer." not in name and student.get_submodule(name) is not head]
     if on in ("swapped", "qkv"):
         targets = [name for name in linear if name.rpartition(".")[0] in paths]
         if on == "qkv":
-            targets = [name for name in targets if not name.endswith(".o_proj")]
+            outputs = {f"{attention.path}.{attention.anatomy.output}" for _, attention in student.mixer_layers()}
+            targets = [name for name in targets if name not in outputs]
     elif on == "attention":
         # kept layers sit at the same path under another number
         shapes = {re.sub(r"\.\d+\.", ".#.", path) for path in paths}

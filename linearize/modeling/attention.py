@@ -17,7 +17,7 @@ from .configuration_linearize import AttentionAnatomy
 from .kept import kept_softmax, kept_window
 from .layout import Layout, read_layout
 from .mixer import MIXERS, Mixer
-from .reference import widen
+from .projections import Projections
 
 
 class Pick(NamedTuple):
@@ -58,34 +58,12 @@ def picked(x: Tensor, pick: Pick) -> Tensor:
     return _Picked.apply(x, *pick)
 
 
-class HeadRMSNorm(nn.Module):
-    """RMS norm over each head's channels (Qwen3's q_norm and k_norm)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = widen(x)
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> Tensor:
-    """Rotary embedding of the first `rotary_dim` channels of x [B, T, heads, D]; cos and sin [B, T, rotary_dim]."""
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
-    return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)
-
-
-class LinearizeAttention(nn.Module):
+class LinearizeAttention(Projections):
     """Drop-in for a transformers attention module.
 
     Args:
         anatomy: what the teacher's module is made of.
+        parts: the teacher's module, whose projections and norms this one takes over.
         layer_idx: the layer's index in the cache.
         mixer: a name in `MIXERS`.
         softmax_heads: query heads that stay softmax.
@@ -97,6 +75,7 @@ class LinearizeAttention(nn.Module):
     def __init__(
         self,
         anatomy: AttentionAnatomy,
+        parts: nn.Module,
         layer_idx: int,
         mixer: str,
         softmax_heads: list[int],
@@ -104,22 +83,9 @@ class LinearizeAttention(nn.Module):
         softmax_window: int | None = None,
         softmax_sinks: int = 0,
     ) -> None:
-        super().__init__()
-        self.anatomy, self.layer_idx, self.path = anatomy, layer_idx, anatomy.path
-        heads, groups, dim, hidden = (
-            anatomy.num_heads,
-            anatomy.num_kv_heads,
-            anatomy.head_dim,
-            anatomy.hidden_size,
-        )
-        self.q_proj = nn.Linear(hidden, heads * dim, bias=anatomy.q_bias)
-        self.k_proj = nn.Linear(hidden, groups * dim, bias=anatomy.k_bias)
-        self.v_proj = nn.Linear(hidden, groups * dim, bias=anatomy.v_bias)
-        self.o_proj = nn.Linear(heads * dim, hidden, bias=anatomy.o_bias)
-        eps = anatomy.qk_norm_eps
-        self.q_norm = None if eps is None else HeadRMSNorm(dim, eps)
-        self.k_norm = None if eps is None else HeadRMSNorm(dim, eps)
-
+        super().__init__(anatomy, parts)
+        self.layer_idx = layer_idx
+        heads, groups = anatomy.num_heads, anatomy.num_kv_heads
         kept = set(softmax_heads)
         if not kept <= set(range(heads)) or len(kept) == heads:
             raise ValueError(f"{self.path}: softmax_heads {sorted(kept)} must leave out some of the {heads} heads")
@@ -137,8 +103,8 @@ class LinearizeAttention(nn.Module):
         self.mixer: Mixer = MIXERS[mixer](
             num_heads=len(self.mixer_groups) * size,
             num_kv_heads=len(self.mixer_groups),
-            head_dim=dim,
-            hidden_size=hidden,
+            head_dim=anatomy.head_dim,
+            hidden_size=anatomy.hidden_size,
             scale=anatomy.scale,
             **mixer_options,
         )
@@ -164,9 +130,12 @@ class LinearizeAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         position_ids: Tensor | None = None,
+        layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """[B, T, hidden] to [B, T, hidden], and None where transformers' attention gives its weights.
+
+        `layer_past` is what some families call `past_key_values`.
 
         Packed documents are told by `position_ids` that restart, or by `cu_seq_lens_q` as transformers' flattening
         collator gives it.
@@ -176,7 +145,7 @@ class LinearizeAttention(nn.Module):
         """
         batch, tokens, _ = hidden_states.shape
         q, k, v = self.project(hidden_states, position_embeddings)
-        cache = mixer_cache_layer(past_key_values, self.layer_idx)
+        cache = mixer_cache_layer(layer_past if past_key_values is None else past_key_values, self.layer_idx)
         if (bounds := kwargs.get("cu_seq_lens_q")) is not None and batch == 1:
             layout = Layout(cu_seqlens=bounds.long())
         else:
@@ -188,28 +157,7 @@ class LinearizeAttention(nn.Module):
             out = self._partition(q, k, v, hidden_states, layout, cache)
         if cache is not None:
             cache.advance(tokens, q.device)
-        return self.o_proj(out.flatten(2)), None
-
-    def project(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, D], keys and values [B, T, G, D] of hidden_states [B, T, hidden], normalised and rotated.
-
-        Raises:
-            ValueError: the layer rotates, and `position_embeddings` (cos, sin) are missing.
-        """
-        anatomy = self.anatomy
-        q = self.q_proj(hidden_states).unflatten(-1, (anatomy.num_heads, anatomy.head_dim))
-        k = self.k_proj(hidden_states).unflatten(-1, (anatomy.num_kv_heads, anatomy.head_dim))
-        v = self.v_proj(hidden_states).unflatten(-1, (anatomy.num_kv_heads, anatomy.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if anatomy.rotary_dim:
-            if position_embeddings is None:
-                raise ValueError(f"{self.path} rotates its queries and keys: pass position_embeddings (cos, sin)")
-            cos, sin = position_embeddings
-            q, k = rotate(q, cos, sin, anatomy.rotary_dim), rotate(k, cos, sin, anatomy.rotary_dim)
-        return q, k, v
+        return self.put_out(out), None
 
     def routes(self, device: torch.device) -> Routes:
         """Which heads go where, on `device`; made once. One compiled program serves layers of other heads then: it

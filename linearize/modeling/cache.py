@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, QuantizedCache, StaticLayer
 
+# The argument that is the cache, by the names that transformers' attention modules give it.
+CACHES = ("past_key_values", "layer_past")
+
 
 class MixerCacheLayer(CacheLayerMixin):
     """State of one swapped layer: `tensors` by name, all batch first, and the count of tokens so far, pads included.

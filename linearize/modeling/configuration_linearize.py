@@ -13,7 +13,7 @@ and `mixer_options` what all swapped layers share (window, sinks, feature map, .
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -25,9 +25,19 @@ SOFTMAX = "softmax"
 class AttentionAnatomy:
     """What one softmax attention module is made of, as plain data.
 
-    `path` is the module's dotted name in the model. `rotary_dim` leading channels of a head are rotated (0: none), in
-    the half-split layout. `qk_norm_eps` is the epsilon of an RMS norm over each head's channels, None without one.
-    `window` is the teacher's own sliding window, None where it attends to everything. `scale` multiplies q.k.
+    `path` is the module's dotted name in the model. `scale` multiplies q.k. `window` is the teacher's own sliding
+    window, None where it attends to everything.
+
+    `inputs` are the names of the module's children that project its input: three for q, k and v where `rows` is
+    "apart", else one that is fused, whose rows are "blocks" [q | k | v] or "groups", key group by key group its
+    queries, its key and its value. `output` is the name of the child that takes the heads' outputs.
+
+    `norms` are the names of the norms of queries and keys, before rotation, none or two. They are given `norm_over`:
+    "head" [B, T, H, D], "channels" [B, T, H D], or "head_first" [B, H, T, D].
+
+    `rotary_dim` leading channels of a head are rotated (0: none): channel i with i + rotary_dim / 2 ("half"), or with
+    its neighbour ("pairs"; "pairs_of_halves" where the first half of cos and sin holds the angles). `rotary_wide`:
+    turned in fp32 and rounded after, where others turn in the model's dtype.
     """
 
     path: str
@@ -36,13 +46,15 @@ class AttentionAnatomy:
     num_kv_heads: int
     head_dim: int
     scale: float
-    rotary_dim: int
-    q_bias: bool = False
-    k_bias: bool = False
-    v_bias: bool = False
-    o_bias: bool = False
-    qk_norm_eps: float | None = None
     window: int | None = None
+    inputs: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
+    rows: str = "apart"
+    output: str = "o_proj"
+    norms: list[str] = field(default_factory=list)
+    norm_over: str = "head"
+    rotary_dim: int = 0
+    rotary: str = "half"
+    rotary_wide: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -54,6 +66,11 @@ class AttentionAnatomy:
     def group_size(self) -> int:
         """Query heads to a key head; query head h reads key head h // group_size."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def layer_path(self) -> str:
+        """The decoder layer that holds the module."""
+        return self.path.rpartition(".")[0]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -107,6 +124,10 @@ class LinearizeConfig(PreTrainedConfig):
             parent.use_cache = value
         else:
             super().__setattr__(name, value)
+
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Nothing: the rotary settings seen here are the teacher's own, and transformers would write into them."""
+        return kwargs
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The teacher's config: what generation and embedding resizing read from and write to."""

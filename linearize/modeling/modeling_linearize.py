@@ -104,6 +104,7 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
             anatomy = AttentionAnatomy(**layer["anatomy"])
             attention = LinearizeAttention(
                 anatomy,
+                self.get_submodule(anatomy.path),
                 index,
                 layer["mixer"],
                 layer.get("softmax_heads", []),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 import logging
 from typing import Any
 
@@ -12,14 +12,19 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedC
 
 from ..errors import UserError
 from ..modeling import AttentionAnatomy, LinearizeConfig
+from ..modeling.projections import weight_and_bias
 from .families import FAMILIES, Family
+from .parts import BOUNDS, HEAD_DIMS, NORMS, OUTPUTS, PROJECTION, SCALES, SINKS, first, inputs_of, parts_text
+from .rotation import frequencies, rotation_of
+
+HOW_TO_ADD = "ARCHITECTURE.md says how a family is added: its parts' names in linearize/surgery/parts.py"
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a teacher's config.
+    """The family of a teacher's config; one that is not listed is taken as its modules show it.
 
     Raises:
-        UserError: already converted, no decoder, or an architecture that nobody described.
+        UserError: already converted, or no decoder-only language model.
     """
     model_type = config.model_type
     if isinstance(config, LinearizeConfig) or model_type == LinearizeConfig.model_type:
@@ -28,16 +33,16 @@ def family_of(config: PreTrainedConfig) -> Family:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{model_type!r} is an encoder-decoder; linearize converts decoder-only language models")
-    if model_type in FAMILIES:
+    if model_type in FAMILIES and not getattr(config, "add_cross_attention", False):
         return FAMILIES[model_type]
     known = ", ".join(sorted(FAMILIES))
     if type(config) in AutoModelForMaskedLM._model_mapping:
         raise UserError(f"{model_type!r} is an encoder; linearize converts decoder-only language models: {known}")
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"{model_type!r} is no causal language model; linearize converts {known}")
-    near = difflib.get_close_matches(model_type, FAMILIES, n=1)
-    hint = f" (nearest: {near[0]})" if near else ""
-    raise UserError(f"architecture {model_type!r} is not supported{hint}; there are: {known} ('linearize ls families')")
+    if getattr(config, "add_cross_attention", False):
+        raise UserError(f"{model_type!r} with cross-attention is not supported: linearize converts language models")
+    return Family(model_type=model_type, name=model_type, summary="read off its modules, and proven at the conversion")
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -62,69 +67,190 @@ def read_anatomy(model: PreTrainedModel) -> list[AttentionAnatomy]:
     """One anatomy a decoder layer, read off the modules (a meta model will do).
 
     Raises:
-        UserError: the architecture is not supported, or its attention is not made as its family says; names the
-            module and what was found.
+        UserError: the model has attention of parts that are not known, or not supported yet; names the module and what
+            was found.
     """
-    config = model.config
-    family = family_of(config)
-    layers = model.get_submodule(family.layers)
-    assert isinstance(layers, nn.ModuleList)
-    rotary_dim = _rotary_dim(model)
-    return [_read_layer(config, family, index, layer, rotary_dim) for index, layer in enumerate(layers)]
+    family = family_of(model.config)
+    layers, attention = _find_layers(model)
+    return [_Reader(model, family, index, f"{layers}.{index}.{attention}").read() for index in range(_depth(model))]
 
 
-def _rotary_dim(model: PreTrainedModel) -> int:
-    for module in model.modules():
-        frequencies = getattr(module, "inv_freq", None)
-        if isinstance(frequencies, torch.Tensor):
-            return 2 * frequencies.shape[0]
-    return 0
+def _depth(model: PreTrainedModel) -> int:
+    return int(getattr(model.config, "num_hidden_layers", 0))
 
 
-def _window(config: PreTrainedConfig, index: int) -> int | None:
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types:
-        return window if types[index] == "sliding_attention" else None
-    return window if getattr(config, "use_sliding_window", True) else None
-
-
-def _read_layer(
-    config: PreTrainedConfig, family: Family, index: int, layer: nn.Module, rotary_dim: int
-) -> AttentionAnatomy:
-    path = f"{family.layers}.{index}.{family.attention}"
-    module = layer.get_submodule(family.attention)
-    found: dict[str, Any] = {name: getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    missing = [name for name, projection in found.items() if not isinstance(projection, nn.Linear)]
-    if missing:
-        children = ", ".join(f"{name} ({type(child).__name__})" for name, child in module.named_children())
-        raise UserError(f"{path} has no linear {', '.join(missing)}; it is made of: {children}")
-    q, k, v, o = (found[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shapes = {"q_proj": (q, heads), "k_proj": (k, groups), "v_proj": (v, groups)}
-    for name, (projection, count) in shapes.items():
-        if projection.out_features != count * dim:
-            raise UserError(
-                f"{path}.{name} gives {projection.out_features} channels, where config.json's {count} heads of "
-                f"{dim} make {count * dim}"
-            )
-    norm = getattr(module, "q_norm", None)
-    if (norm is not None) != family.qk_norm or (norm is not None and tuple(norm.weight.shape) != (dim,)):
-        raise UserError(f"{path}: query and key norms are not those of a {family.name} model: q_norm is {norm}")
-    return AttentionAnatomy(
-        path=path,
-        hidden_size=q.in_features,
-        num_heads=heads,
-        num_kv_heads=groups,
-        head_dim=dim,
-        scale=float(getattr(module, "scaling", dim**-0.5)),
-        rotary_dim=rotary_dim,
-        q_bias=q.bias is not None,
-        k_bias=k.bias is not None,
-        v_bias=v.bias is not None,
-        o_bias=o.bias is not None,
-        qk_norm_eps=None if norm is None else float(norm.variance_epsilon),
-        window=_window(config, index),
+def _find_layers(model: PreTrainedModel) -> tuple[str, str]:
+    """The path of the decoder's layers, and the name of the attention module in each: the child that knows its layer's
+    index."""
+    found, near = [], []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) != _depth(model) or not len(module):
+            continue
+        near.append(f"{path}.0: {parts_text(module[0])}")
+        children = {name: child for name, child in module[0].named_children() if hasattr(child, "layer_idx")}
+        known = [name for name, child in children.items() if inputs_of(child) is not None]
+        names = known or list(children)
+        if len(names) == 1:
+            found.append((path, names[0]))
+    if len(found) == 1:
+        return found[0]
+    kind = model.config.model_type
+    if found:
+        raise UserError(f"{kind!r} has several stacks of attention layers: {', '.join(path for path, _ in found)}")
+    layers = "; ".join(near) or "no list of that length"
+    raise UserError(
+        f"{kind!r} has no stack of {_depth(model)} layers with one attention module each: {layers}. {HOW_TO_ADD}"
     )
+
+
+class _Reader:
+    """Reads one attention module."""
+
+    def __init__(self, model: PreTrainedModel, family: Family, index: int, path: str) -> None:
+        self.model, self.family, self.index, self.path = model, family, index, path
+        self.config: Any = model.config
+        try:
+            self.module = model.get_submodule(path)
+        except AttributeError:
+            layer = model.get_submodule(path.rpartition(".")[0])
+            raise UserError(f"there is no {path}: that layer is made of {parts_text(layer)}") from None
+        self.arguments = inspect.signature(type(self.module).forward).parameters
+
+    def read(self) -> AttentionAnatomy:
+        module, config = self.module, self.config
+        self._refuse_what_comes_later()
+        inputs, output = inputs_of(module), first(module, OUTPUTS, PROJECTION)
+        if inputs is None or output is None:
+            what = "no projections" if inputs is None else "no output projection"
+            raise UserError(
+                f"{self.path} ({type(module).__name__}) has {what} of a name that is known; it is made of: "
+                f"{parts_text(module)}. {HOW_TO_ADD}"
+            )
+        names, rows = inputs
+        heads = config.num_attention_heads
+        named = first(module, HEAD_DIMS, int)
+        dim = getattr(module, named) if named else config.hidden_size // heads
+        scale = first(module, SCALES, float)
+        norms, norm_over = self._norms(heads, dim)
+        rotary_dim, rotary, wide = self._rotation()
+        anatomy = AttentionAnatomy(
+            path=self.path,
+            hidden_size=weight_and_bias(module.get_submodule(names[0]))[0].shape[1],
+            num_heads=heads,
+            num_kv_heads=self._groups(names, output, heads, dim),
+            head_dim=dim,
+            scale=float(getattr(module, scale)) if scale else dim**-0.5,
+            window=self._window(),
+            inputs=list(names),
+            rows=rows,
+            output=output,
+            norms=norms,
+            norm_over=norm_over,
+            rotary_dim=rotary_dim,
+            rotary=rotary,
+            rotary_wide=wide,
+        )
+        self._refuse_strangers((*names, output, *norms))
+        return anatomy
+
+    def _refuse_what_comes_later(self) -> None:
+        module = self.module
+        bounds = {name: getattr(module, name, None) or getattr(self.config, name, None) for name in BOUNDS}
+        bound = ", ".join(f"{name} {value}" for name, value in bounds.items() if value is not None)
+        later = {
+            f"bounded logits ({bound})": bound != "",
+            "ALiBi positions": "alibi" in self.arguments and getattr(self.config, "alibi", True),
+            "attention sinks (a logit of each head's own)": first(module, SINKS, nn.Parameter) is not None,
+            "attention to both sides": getattr(module, "is_causal", True) is False,
+        }
+        for part, present in later.items():
+            if present:
+                raise UserError(
+                    f"{self.path} ({type(module).__name__}) has {part}, which linearize does not support yet"
+                )
+
+    def _refuse_strangers(self, known: tuple[str, ...]) -> None:
+        """Every tensor of the module must belong to a part that the student takes over."""
+        strangers = [name for name in self.module.state_dict() if not name.startswith(tuple(f"{k}." for k in known))]
+        if strangers:
+            raise UserError(
+                f"{self.path} ({type(self.module).__name__}) has parts that are not known: {', '.join(strangers)}. "
+                f"{HOW_TO_ADD}"
+            )
+
+    def _groups(self, names: tuple[str, ...], output: str, heads: int, dim: int) -> int:
+        """Key groups, from the shapes."""
+        shapes = {name: weight_and_bias(self.module.get_submodule(name))[0].shape for name in (*names, output)}
+        if len(names) == 3:
+            q, k, v = (shapes[name][0] for name in names)
+            if q != heads * dim:
+                raise UserError(
+                    f"{self.path}.{names[0]} gives {q} channels, where config.json's {heads} heads of {dim} make "
+                    f"{heads * dim}"
+                )
+            if k % dim or k != v:
+                raise UserError(
+                    f"{self.path}: {names[1]} and {names[2]} give {k} and {v} channels, which are not as many heads of "
+                    f"{dim}"
+                )
+            groups = k // dim
+        else:
+            rows = shapes[names[0]][0]
+            groups = (rows // dim - heads) // 2
+            if (heads + 2 * groups) * dim != rows:
+                raise UserError(
+                    f"{self.path}.{names[0]} gives {rows} channels, which are not {heads} query heads of {dim} with "
+                    "their keys and values"
+                )
+        if groups < 1 or heads % groups:
+            raise UserError(f"{self.path}: {heads} query heads do not divide into {groups} key heads")
+        if shapes[output][1] != heads * dim:
+            raise UserError(
+                f"{self.path}.{output} takes {shapes[output][1]} channels, where {heads} heads of {dim} make "
+                f"{heads * dim}"
+            )
+        return groups
+
+    def _norms(self, heads: int, dim: int) -> tuple[list[str], str]:
+        """The names of the norms of queries and keys, and what they are given, by their weights' shapes."""
+        for names in NORMS:
+            norm = getattr(self.module, names[0], None)
+            if not isinstance(norm, nn.Module) or not isinstance(getattr(self.module, names[1], None), nn.Module):
+                continue
+            shapes = {tuple(parameter.shape) for parameter in norm.parameters()}
+            if any(isinstance(part, nn.ModuleList) for part in norm.modules()):
+                return list(names), "head_first"  # a norm a head
+            if shapes <= {(dim,), (heads, dim)}:
+                return list(names), "head"
+            if shapes == {(heads * dim,)}:
+                return list(names), "channels"
+            raise UserError(
+                f"{self.path}.{names[0]} is {norm}, neither over the {dim} channels of a head nor over all "
+                f"{heads * dim}"
+            )
+        return [], "head"
+
+    def _rotation(self) -> tuple[int, str, bool]:
+        """The channels of a head that are rotated, and how."""
+        if "position_embeddings" not in self.arguments or not getattr(self.module, self.family.rotates, True):
+            return 0, "half", False
+        angles = frequencies(self.model, self.index)
+        if angles is None:
+            return 0, "half", False
+        dim = 2 * angles.shape[0]
+        kind = rotation_of(self.module, dim)
+        if kind is None:
+            raise UserError(
+                f"{self.path} ({type(self.module).__name__}) rotates queries and keys in a way that is not known"
+            )
+        return dim, *kind
+
+    def _window(self) -> int | None:
+        window = getattr(self.config, "sliding_window", None)
+        types = getattr(self.config, "layer_types", None)
+        if types:
+            kind = types[self.index]
+            if kind not in ("full_attention", "sliding_attention"):
+                raise UserError(f"{self.path}: layers of type {kind!r} are not supported")
+            return window if kind == "sliding_attention" else None
+        return window if getattr(self.config, "use_sliding_window", True) else None

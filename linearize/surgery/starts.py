@@ -1,75 +1,99 @@
 """Starts of a mixer's new parameters from the teacher's weights alone, without data.
 
-The input of an attention layer is RMS-normalised, so to first order E[x x^T] = diag(g^2) with g the norm's gain, and
-the second moments of q, k and v follow from the projections.
+The input of an attention layer is normalised, x = gain z + shift with E[z z^T] = I to first order, and the second
+moments of q, k and v follow from the projections.
 """
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..modeling import LinearizeAttention
-from ..modeling.attention import rotate
 from ..modeling.based import Based
 from ..modeling.joins import UnnormalizedMixer
+from ..modeling.projections import rotate
 
 # Positions over which rotated second moments are averaged, in tokens: past a window, up to a usual context.
 POSITIONS = torch.arange(0, 2048, 37)
+Q, K, V = range(3)
 
 
-def start_from_weights(attention: LinearizeAttention, gain: Tensor | None, inv_freq: Tensor | None) -> None:
+def start_from_weights(attention: LinearizeAttention, norm: nn.Module | None, inv_freq: Tensor | None) -> None:
     """Sets what the weights determine: Based's projections, and the scale of an unnormalised linear branch.
 
     Args:
         attention: a swapped module with the teacher's projections already in it.
-        gain: [hidden], the weight of the norm before it; None for ones.
+        norm: what normalises its input, of any kind; None where nothing does, or it is not known.
         inv_freq: [rotary_dim / 2], rotary frequencies; None where nothing rotates.
     """
     mixer = attention.mixer
     if isinstance(mixer, Based):
-        _start_based(attention, mixer, gain, inv_freq)
+        moments = [second_moment(attention, which, norm, inv_freq) for which in (Q, K)]
+        based_projections(attention, mixer, *moments)
     if isinstance(mixer, UnnormalizedMixer):
-        _start_scale(attention, mixer, gain)
+        _start_scale(attention, mixer, norm)
 
 
-def _second_moment(
-    projection: nn.Linear, norm: nn.Module | None, heads: int, gain: Tensor | None, inv_freq: Tensor | None
-) -> Tensor:
-    """E[y y^T] of each head's projected, normalised and rotated channels, [heads, D, D] in fp64, on the CPU."""
-    weight = projection.weight.detach().cpu().double()
-    if gain is not None:
-        weight = weight * gain.detach().cpu().double()
-    weight = weight.unflatten(0, (heads, -1))
-    moment = weight @ weight.mT
-    if projection.bias is not None:
-        bias = projection.bias.detach().cpu().double().unflatten(0, (heads, -1))
-        moment = moment + bias.unsqueeze(-1) * bias.unsqueeze(-2)
+def _gain_and_shift(norm: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain and shift of a norm, of the shape of `like` and in fp64 on the CPU.
+
+    A norm is affine in the normalised input, however its gain is written (w, 1 + w, one a head): so it is given +-1,
+    which has mean 0 and mean square 1 already.
+    """
+    signs = torch.ones_like(like)
+    signs[..., 1::2] = -1
+    up, down = norm(signs).detach().cpu().double(), norm(-signs).detach().cpu().double()
+    return (up - down) / 2 * signs.cpu().double(), (up + down) / 2
+
+
+@torch.no_grad()
+def second_moment(attention: LinearizeAttention, which: int, norm: nn.Module | None, inv_freq: Tensor | None) -> Tensor:
+    """E[y y^T] of each head's projected, normalised and rotated channels, [heads, D, D] in fp64, on the CPU; y is q, k
+    or v as `which` says, the rest as in `start_from_weights`."""
+    anatomy = attention.anatomy
+    weight, bias = (tensor.detach().cpu().double() for tensor in attention.matrices()[which])
     if norm is not None:
-        scale = norm.get_parameter("weight").detach().cpu().double()
-        size = moment.diagonal(dim1=-2, dim2=-1).mean(-1).sqrt()[:, None, None]
-        moment = moment / size.square() * scale.unsqueeze(-1) * scale
-    if inv_freq is None:
-        return moment
+        wide = copy.deepcopy(norm).float()
+        gain, shift = _gain_and_shift(wide, torch.ones(1, 1, anatomy.hidden_size, device=attention.device))
+        weight, bias = weight * gain.view(-1), bias + weight @ shift.view(-1)
+    moment = weight @ weight.mT + bias.unsqueeze(-1) * bias.unsqueeze(-2)
+    if which != V and anatomy.norms:
+        moment = _normalized(attention, anatomy.norms[which], moment)
+    return moment if which == V or inv_freq is None else _rotated(attention, moment, inv_freq)
+
+
+def _normalized(attention: LinearizeAttention, name: str, moment: Tensor) -> Tensor:
+    heads, dim = moment.shape[:2]
+    dtype = next((parameter.dtype for parameter in attention.get_submodule(name).parameters()), torch.float32)
+    like = torch.ones(1, 1, heads, dim, dtype=dtype, device=attention.device)
+    gain, shift = _gain_and_shift(lambda signs: attention.normalize(name, signs), like)
+    gain, shift = gain[0, 0], shift[0, 0]
+    size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+    if attention.anatomy.norm_over == "channels":
+        size = size.mean().expand(heads)
+    moment = moment / size[:, None, None] * gain.unsqueeze(-1) * gain.unsqueeze(-2)
+    return moment + shift.unsqueeze(-1) * shift.unsqueeze(-2)
+
+
+def _rotated(attention: LinearizeAttention, moment: Tensor, inv_freq: Tensor) -> Tensor:
+    """The mean over positions."""
+    anatomy = attention.anatomy
     angle = POSITIONS[:, None].double() * inv_freq.cpu().double()
-    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+    angle = angle.repeat_interleave(2, -1) if anatomy.rotary == "pairs" else torch.cat([angle, angle], -1)
     identity = torch.eye(moment.shape[-1], dtype=torch.float64)
     # Rows of turned[p] are the rotated basis: y at position p is y0 @ turned[p].
     basis = identity.expand(1, len(POSITIONS), -1, -1)
-    turned = rotate(basis, cos[None], sin[None], cos.shape[-1])[0]
+    turned = rotate(basis, angle.cos()[None], angle.sin()[None], anatomy.rotary_dim, anatomy.rotary)[0]
     return torch.einsum("pai,hab,pbj->hij", turned, moment, turned) / len(POSITIONS)
 
 
 def _square_root(moment: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(moment)
     return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
-
-
-def _start_based(attention: LinearizeAttention, mixer: Based, gain: Tensor | None, inv_freq: Tensor | None) -> None:
-    anatomy = attention.anatomy
-    moment_q = _second_moment(attention.q_proj, attention.q_norm, anatomy.num_heads, gain, inv_freq)
-    moment_k = _second_moment(attention.k_proj, attention.k_norm, anatomy.num_kv_heads, gain, inv_freq)
-    based_projections(attention, mixer, moment_q, moment_k)
 
 
 @torch.no_grad()
@@ -105,13 +129,10 @@ def based_projections(attention: LinearizeAttention, mixer: Based, moment_q: Ten
 
 
 @torch.no_grad()
-def _start_scale(attention: LinearizeAttention, mixer: UnnormalizedMixer, gain: Tensor | None) -> None:
+def _start_scale(attention: LinearizeAttention, mixer: UnnormalizedMixer, norm: nn.Module | None) -> None:
     """The normalised linear branch starts at a share of the values' own size: half, or a fiftieth where it is added to
     a window and not weighed against it."""
-    weight = attention.v_proj.weight.detach().float()
-    if gain is not None:
-        weight = weight * gain.detach().float()
-    size = weight.unflatten(0, (attention.anatomy.num_kv_heads, -1)).square().sum(-1).mean(-1).sqrt()
+    size = second_moment(attention, V, norm, None).diagonal(dim1=-2, dim2=-1).mean(-1).sqrt()
     share = 0.5 if mixer.weighed or not mixer.window else 0.02
     kept = size[attention.mixer_groups].repeat_interleave(attention.anatomy.group_size)
     mixer.linear_scale.copy_(share * kept)

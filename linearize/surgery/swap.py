@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..modeling import LinearizeForCausalLM
-from .anatomy import family_of
+from .anatomy import read_anatomy
+from .proof import Call, calls_of, prove
+from .rotation import frequencies
 from .starts import start_from_weights
 from .student import student_config
 
@@ -23,8 +26,13 @@ def swap(
     **options: Any,
 ) -> LinearizeForCausalLM:
     """The student of a loaded model, started from its weights alone; `options` of `student_config`, the others and the
-    errors as in `convert`."""
+    errors as in `convert`. Nothing is swapped before the teacher's attention is proven to be what it was read as."""
     config = student_config(model, to, **options)
+    anatomies = read_anatomy(model)
+    calls = None
+    if model.device.type != "meta":  # without weights there is nothing to run, and nothing to be wrong about
+        calls = calls_of(model, anatomies)
+        prove(model, anatomies, calls)
     with torch.device("meta"):
         student = LinearizeForCausalLM(config)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
@@ -35,7 +43,7 @@ def swap(
     strangers = [name for name in result.missing_keys if ".mixer." not in name]
     assert not strangers, strangers
     _fill_buffers(student, model)
-    _start_mixers(student, model, seed)
+    _start_mixers(student, model, calls, seed)
     student.tie_weights()
     for parameter in student.parameters():
         parameter.requires_grad_(True)
@@ -52,15 +60,15 @@ def _fill_buffers(student: LinearizeForCausalLM, teacher: PreTrainedModel) -> No
             student.get_submodule(owner).register_buffer(attribute, source[name].detach().clone(), persistent=False)
 
 
-def _start_mixers(student: LinearizeForCausalLM, teacher: PreTrainedModel, seed: int) -> None:
-    family = family_of(teacher.config)
-    frequencies = next((b for n, b in student.named_buffers() if n.endswith("inv_freq") and "original" not in n), None)
+def _start_mixers(
+    student: LinearizeForCausalLM, teacher: PreTrainedModel, calls: Sequence[Call] | None, seed: int
+) -> None:
     for index, attention in student.mixer_layers():
-        device = attention.q_proj.weight.device
+        device = attention.device
         attention.mixer.to_empty(device=device).float()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed + index)
             attention.mixer.reset_parameters()
-        layer = teacher.get_submodule(f"{family.layers}.{index}")
-        gain = layer.get_parameter(f"{family.input_norm}.weight")
-        start_from_weights(attention, gain, frequencies if attention.anatomy.rotary_dim else None)
+        rotates = attention.anatomy.rotary_dim > 0
+        norm = None if calls is None else calls[index].norm
+        start_from_weights(attention, norm, frequencies(teacher, index) if rotates else None)

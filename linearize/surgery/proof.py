@@ -1,0 +1,178 @@
+"""The proof that a teacher's attention was read rightly: one short forward, and each module against its own rebuild.
+
+Whatever the names say, a module that computes something else (other positions, another mask, one more part) would make
+a student that is silently wrong. So the modules' calls are caught, and each is made again: by the teacher's module, and
+by softmax over the queries, keys and values that the student would have. Both in fp64 and a module at a time, because
+the model's own precision would hide a difference.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+from ..modeling import AttentionAnatomy
+from ..modeling.cache import CACHES
+from ..modeling.kept import kept_softmax, kept_window
+from ..modeling.layout import forget_layout, read_layout
+from ..modeling.projections import Projections
+from .anatomy import HOW_TO_ADD
+from .parts import parts_text
+
+# Tokens of a row, and the pads on the left of the second: more than that no window or position is proven.
+TOKENS, PADS = 24, 7
+# A wrong part gives 1e-3 and more, rounding 1e-6 (some teachers round their softmax to fp32).
+TOLERANCE = 1e-4
+# Logits of a smaller spread would not show what is done to large ones: inputs are made louder, up to so many times.
+SPREAD, LOUDEST = 5.0, 10.0
+# A copy of what runs, on a device without fp64, is in fp32.
+NO_FP64 = ("mps",)
+
+
+@dataclass
+class Call:
+    """What an attention module was called with. `norm` is the module in its layer whose output it was given: the norm
+    before it, None where there is none."""
+
+    hidden_states: Tensor
+    kwargs: dict[str, Any]
+    norm: nn.Module | None
+
+
+@torch.no_grad()
+def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy]) -> list[Call]:
+    """One short forward of the teacher on random tokens, the second row padded: the call of each attention module.
+
+    Raises:
+        UserError: a module is called in another way than those that are known.
+    """
+    calls: dict[str, Call] = {}
+    made: dict[str, list[tuple[nn.Module, Any]]] = {}
+
+    def after(path: str) -> Callable[..., None]:
+        return lambda module, args, output: made.setdefault(path, []).append((module, output))
+
+    def before(path: str, layer: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("hidden_states")
+            if len(args) > 1 or not isinstance(x, Tensor):
+                raise UserError(
+                    f"{path} ({type(module).__name__}) is called with {len(args)} positional arguments and "
+                    f"{', '.join(kwargs) or 'no others'}, where linearize knows hidden_states and named ones"
+                )
+            rest = {name: value for name, value in kwargs.items() if name != "hidden_states" and name not in CACHES}
+            norm = next((child for child, output in made.pop(layer, []) if output is x), None)
+            calls[path] = Call(x, rest, norm)
+
+        return hook
+
+    handles = []
+    for anatomy in anatomies:
+        attention = teacher.get_submodule(anatomy.path)
+        for child in teacher.get_submodule(anatomy.layer_path).children():
+            if child is not attention:
+                handles.append(child.register_forward_hook(after(anatomy.layer_path)))
+        handles.append(attention.register_forward_pre_hook(before(anatomy.path, anatomy.layer_path), with_kwargs=True))
+    implementation, training = teacher.config._attn_implementation, teacher.training
+    try:
+        if "flash" in str(implementation):  # knows neither fp64 nor the CPU
+            teacher.set_attn_implementation("sdpa")
+        teacher.eval()
+        teacher.base_model(**_text(teacher), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+        teacher.train(training)
+        if teacher.config._attn_implementation != implementation:
+            teacher.set_attn_implementation(implementation)
+    missing = [anatomy.path for anatomy in anatomies if anatomy.path not in calls]
+    if missing:
+        raise UserError(f"the model's forward does not call {', '.join(missing)}")
+    return [calls[anatomy.path] for anatomy in anatomies]
+
+
+def _text(teacher: PreTrainedModel) -> dict[str, Tensor]:
+    room = getattr(teacher.config, "max_position_embeddings", None) or TOKENS
+    tokens = min(TOKENS, room)
+    vocabulary: Any = teacher.get_input_embeddings()
+    device = vocabulary.weight.device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary.weight.shape[0], (2, tokens), generator=generator, device="cpu")
+    mask = torch.ones_like(ids)
+    mask[1, : min(PADS, tokens - 1)] = 0
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+@torch.no_grad()
+def prove(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], calls: Sequence[Call]) -> None:
+    """Checks each anatomy against the teacher's module.
+
+    Raises:
+        UserError: a module gives something else than its anatomy; names it, what was read, and how far off it is.
+    """
+    for anatomy, call in zip(anatomies, calls, strict=True):
+        module = teacher.get_submodule(anatomy.path)
+        try:
+            error: float | str = _error(module, anatomy, call)
+        except (RuntimeError, ValueError, IndexError) as problem:
+            error = str(problem).splitlines()[0]
+        if isinstance(error, str) or not error <= TOLERANCE:
+            how = error if isinstance(error, str) else f"its output is {error:.1e} (relative) away"
+            raise UserError(
+                f"{anatomy.path} ({type(module).__name__}) is not the attention that it was read as: {how}. "
+                f"Read as: {_text_of(anatomy)}. Made of: {parts_text(module)}. {HOW_TO_ADD}, and what its modules do "
+                "not show in linearize/surgery/families.py"
+            )
+
+
+def _text_of(anatomy: AttentionAnatomy) -> str:
+    facts = anatomy.to_dict()
+    del facts["path"]
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def _error(module: nn.Module, anatomy: AttentionAnatomy, call: Call) -> float:
+    """The relative error of the rebuilt module on what the teacher's was called with, at tokens that are no pads."""
+    dtype = torch.float32 if call.hidden_states.device.type in NO_FP64 else torch.float64
+    module = copy.deepcopy(module).to(dtype).eval()
+    rebuilt = Projections(anatomy, module)
+    x = torch.nan_to_num(call.hidden_states).to(dtype)
+    kwargs = {name: _widened(value, dtype) for name, value in call.kwargs.items()}
+    positions = kwargs.get("position_embeddings")
+    layout = read_layout(kwargs.get("attention_mask"), kwargs.get("position_ids"), *x.shape[:2])
+    forget_layout()
+
+    q, k, _ = rebuilt.project(x, positions)
+    logits = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(anatomy.group_size, 2)) * anatomy.scale
+    louder = (SPREAD / logits.std().clamp(min=1e-6)).sqrt().clamp(1.0, LOUDEST)
+    x = x * torch.nan_to_num(louder, nan=1.0)
+
+    theirs = module(x, **kwargs)
+    theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+    q, k, v = rebuilt.project(x, positions)
+    if anatomy.window is None:
+        heads = kept_softmax(q, k, v, scale=anatomy.scale, layout=layout, cache=None)
+    else:
+        heads = kept_window(q, k, v, scale=anatomy.scale, window=anatomy.window, sinks=0, layout=layout, cache=None)
+    ours = rebuilt.put_out(heads)
+    if layout.real is not None:
+        ours, theirs = ours[layout.real], theirs[layout.real]
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=torch.finfo(dtype).tiny))
+
+
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_widened(each, dtype) for each in value)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    if value.dim() == 4:  # a mask: the lowest number of one type is none of another's
+        low = torch.finfo(value.dtype).min / 2
+        return value.to(dtype).masked_fill(value <= low, torch.finfo(dtype).min)
+    return value.to(dtype)

@@ -1,0 +1,264 @@
+"""Every family: what a student of it must do, and what is refused because it would be wrong."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import relative_error, shake
+from families import CONVERTED, REFUSED, UNLISTED, config_of, teacher_of
+from transformers import AutoModelForCausalLM
+
+from linearize.convert import convert, plan
+from linearize.distill.lora import attach_lora, lora_targets, merged
+from linearize.errors import UserError
+from linearize.modeling import LinearizeConfig
+from linearize.modeling.projections import weight_and_bias
+from linearize.surgery.anatomy import meta_model, read_anatomy
+from linearize.surgery.families import FAMILIES
+from linearize.surgery.proof import calls_of, prove
+
+NAMES = [*CONVERTED, *UNLISTED]
+MIXERS = ["linear", "gated_delta"]
+KEEP = "heads:0.1,1.2"
+
+
+def tokens(batch=2, length=30, seed=1):
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def student_of(name, mixer="linear", **options):
+    return shake(convert(teacher_of(name), mixer, window=8, **{"keep_softmax": KEEP, **options}))
+
+
+def heads_alone(model, anatomies, heads):
+    """Zeroes what the output projection of each layer reads of other heads than its one."""
+    for anatomy, head in zip(anatomies, heads, strict=True):
+        weight, _ = weight_and_bias(model.get_submodule(f"{anatomy.path}.{anatomy.output}"))
+        keep = torch.zeros_like(weight)
+        keep[:, head * anatomy.head_dim : (head + 1) * anatomy.head_dim] = 1
+        weight.mul_(keep)
+
+
+def test_all_that_are_listed_are_tested():
+    assert {name.partition("+")[0] for name in CONVERTED} == set(FAMILIES)
+    assert not {name.partition("+")[0] for name in UNLISTED} & set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_every_layer_left_softmax_is_the_teacher(name):
+    teacher, ids = teacher_of(name), tokens()
+    student = convert(teacher, "linear", keep_softmax=[0, 1])
+    assert torch.equal(student(ids).logits, teacher(ids).logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_tensors_keep_the_teachers_names(name):
+    teacher = teacher_of(name)
+    ours, theirs = student_of(name).state_dict(), teacher.state_dict()
+    assert {tensor for tensor in ours if ".mixer." not in tensor} == set(theirs)
+    assert all(torch.equal(ours[tensor], theirs[tensor]) for tensor in theirs)
+    assert plan(teacher.config, "linear", keep_softmax=KEEP).layers[1].tensors
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_kept_heads_are_the_teachers(name, mixer):
+    teacher, ids = teacher_of(name), tokens()
+    anatomies = read_anatomy(teacher)
+    student = student_of(name, mixer)
+    for model in (student, teacher):
+        heads_alone(model, anatomies, (1, 2))
+    assert relative_error(student(ids).logits, teacher(ids).logits) < 1e-5
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    ours, theirs = (model(ids, attention_mask=mask).logits[1:, 5:] for model in (student, teacher))
+    assert relative_error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_generation_with_a_cache_and_without(name, mixer, tmp_path):
+    """And after the student was saved and loaded, whose logits are the same bit for bit."""
+    student, ids = student_of(name, mixer), tokens(2, 12)
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, student(ids).logits)
+    with_cache, without = (
+        loaded.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, use_cache=use)
+        for use in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+    whole, cut = loaded(ids).logits, loaded(ids[:, :5], use_cache=True)
+    rest = loaded(ids[:, 5:], past_key_values=cut.past_key_values).logits
+    assert relative_error(torch.cat([cut.logits, rest], 1), whole) < 2e-5
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_finite(name, mixer):
+    student = student_of(name, mixer).train()
+    student(tokens(), labels=tokens(), use_cache=False).loss.backward()
+    for path, parameter in student.named_parameters():
+        if parameter.grad is not None:
+            assert torch.isfinite(parameter.grad).all(), path
+        if ".mixer." in path:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, path
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt2", "gpt_neox", "falcon", "opt", "cohere2", "phi3"])
+@torch.no_grad()
+def test_static_caches(name):
+    student, ids = student_of(name), tokens(2, 12)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    static = student.generate(ids, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(static, student.generate(ids, **options))
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma", "gemma3_text", "gpt2", "gpt_neox", "cohere+norms", "stablelm+norms", "olmo2"]
+)
+@pytest.mark.parametrize("mixer", ["based", "gated_delta"])
+def test_starts_and_calibration(name, mixer):
+    student = convert(teacher_of(name), mixer, window=8, calibrate_on=tokens(6, 48))
+    assert student.calibration is not None
+    assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "smollm3"])
+def test_heads_by_scores(name):
+    student = convert(teacher_of(name), "linear", window=8, keep_softmax="heads:auto:2", calibrate_on=tokens(4, 48))
+    assert student.keep_scores.keep_softmax.startswith("heads:")
+
+
+@pytest.mark.parametrize(
+    ("name", "projections", "output"),
+    [
+        ("gpt2", {"c_attn", "c_proj"}, "c_proj"),
+        ("gpt_neox", {"query_key_value", "dense"}, "dense"),
+        ("opt", {"q_proj", "k_proj", "v_proj", "out_proj"}, "out_proj"),
+    ],
+)
+def test_lora_finds_the_projections(name, projections, output):
+    student = student_of(name)
+    swapped = lora_targets(student, "swapped")
+    assert len(swapped) == 2 * len(projections) and {target.rpartition(".")[2] for target in swapped} == projections
+    assert {target.rpartition(".")[2] for target in lora_targets(student, "qkv")} == projections - {output}
+    assert set(swapped) < set(lora_targets(student, "linear"))
+    before, ids = student(tokens()).logits, tokens()
+    model = attach_lora(student, rank=2, alpha=None, dropout=0.0, on="swapped", mixers=True)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_B" in n)
+    assert torch.equal(merged(model)(ids).logits, before)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_its_parts_named(name):
+    with pytest.raises(UserError) as caught:
+        plan(config_of(name), "linear")
+    assert REFUSED[name][2] in str(caught.value)
+
+
+@pytest.mark.parametrize("name", UNLISTED)
+def test_an_unlisted_family_of_known_parts_is_planned(name):
+    made = plan(config_of(name), "linear", keep_softmax=KEEP)
+    assert made.new_parameters == sum(p.numel() for n, p in student_of(name).named_parameters() if ".mixer." in n)
+
+
+def test_cross_attention_is_refused():
+    config = config_of("gpt2")
+    config.add_cross_attention = True
+    with pytest.raises(UserError, match="cross-attention"):
+        meta_model(config)
+
+
+# What could be read wrongly: an anatomy of this family with these facts instead is another attention.
+WRONG = [
+    ("phi3", {"rows": "groups"}),
+    ("gpt2", {"rows": "groups"}),
+    ("gpt_neox", {"rows": "blocks"}),
+    ("falcon", {"rows": "blocks"}),
+    ("llama", {"rotary": "pairs"}),
+    ("cohere", {"rotary": "half"}),
+    ("smollm3", {"rotary_dim": 16}),
+    ("cohere2", {"rotary_dim": 16, "rotary": "pairs"}),
+    ("stablelm", {"rotary_dim": 16}),
+    ("phi", {"rotary_dim": 0}),
+    ("granite", {"scale": 0.25}),
+    ("gpt2+scales", {"scale": 0.25}),
+    ("mistral", {"window": None}),
+    ("gemma3_text", {"window": None}),
+    ("llama", {"window": 12}),
+    ("olmo2", {"norms": []}),
+    ("qwen3", {"norms": []}),
+    ("stablelm+norms", {"norm_over": "head"}),
+    ("cohere+norms", {"norm_over": "head_first"}),
+]
+
+
+@pytest.mark.parametrize(("name", "facts"), WRONG)
+def test_the_proof_refuses_what_was_read_wrongly(name, facts):
+    teacher = teacher_of(name)
+    anatomies = read_anatomy(teacher)
+    calls = calls_of(teacher, anatomies)
+    prove(teacher, anatomies, calls)
+    wrong = copy.deepcopy(anatomies)
+    for anatomy in wrong:
+        for field, value in facts.items():
+            setattr(anatomy, field, value)
+    with pytest.raises(UserError, match="is not the attention that it was read as"):
+        prove(teacher, wrong, calls)
+
+
+@pytest.mark.parametrize("std", [0.02, 0.2])
+def test_the_proof_sees_a_bound_that_no_attribute_shows(std):
+    """Of logits, as Gemma 2 bounds them; with weights so small, too, that its logits stay far below the bound."""
+    teacher = teacher_of("gemma2")
+    for path, parameter in teacher.named_parameters():
+        if "proj" in path:
+            torch.nn.init.normal_(parameter, std=std)
+    for module in teacher.modules():
+        if hasattr(module, "attn_logit_softcapping"):
+            module.softcap, module.attn_logit_softcapping = module.attn_logit_softcapping, None
+    teacher.config.attn_logit_softcapping = None
+    anatomies = read_anatomy(teacher)
+    calls = calls_of(teacher, anatomies)
+    prove(teacher, anatomies, calls)  # without the bound it is an attention that is known
+    for module in teacher.modules():
+        if hasattr(module, "softcap"):
+            module.attn_logit_softcapping = module.softcap
+    teacher.set_attn_implementation("eager")
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn \(Gemma2Attention\) is not the attention"):
+        prove(teacher, anatomies, calls_of(teacher, anatomies))
+
+
+def test_a_part_that_does_not_show_is_refused_at_the_conversion():
+    teacher = teacher_of("llama")
+    attention = teacher.model.layers[1].self_attn
+    forward = attention.forward
+    attention.forward = lambda *args, **kwargs: (1.01 * forward(*args, **kwargs)[0], None)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn .* is not the attention"):
+        convert(teacher, "linear")
+
+
+def test_the_proof_leaves_the_teacher_as_it_was():
+    teacher = teacher_of("gpt2").train()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    anatomies = read_anatomy(teacher)
+    prove(teacher, anatomies, calls_of(teacher, anatomies))
+    assert teacher.training and teacher.config._attn_implementation == "sdpa"
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
+
+
+def test_the_students_config_leaves_the_teachers_rotary_settings_alone():
+    """Nested ones, too: one entry a type of layer."""
+    config = config_of("gemma3_text")
+    before = copy.deepcopy(config.rope_parameters)
+    LinearizeConfig(parent_config=config, layers=[])
+    assert config.rope_parameters == before
