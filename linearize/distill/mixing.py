@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..modeling.joins import UnnormalizedMixer
 from ..modeling.layout import Layout
 from .layer_pass import Pair, attention_pairs
@@ -143,7 +144,8 @@ class MixingTrainer(LayerTrainer):
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, valid: Tensor | None
     ) -> Tensor:
         weights = output[1]
-        assert weights is not None, "the teacher runs without eager_attention"
+        if weights is None:
+            raise UserError("the teacher does not give its attention weights, which this stage matches; use 'blocks'")
         size = module.anatomy.group_size
         heads = [g * size + r for g in module.mixer_groups for r in range(size)]
         ours = mixing_matrix(module, args, kwargs)

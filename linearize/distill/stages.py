@@ -19,6 +19,7 @@ from ..errors import UsageError, UserError
 from ..provenance import hardware
 from .blocks import BlockTrainer
 from .compiling import compiled
+from .documents import refuse_shared
 from .feed import Item, length_of, steps_for, with_repeats
 from .layer_pass import attention_pairs
 from .logits import HeadTrainer, set_checkpointing
@@ -100,6 +101,8 @@ def _train(
             title=stage,
             watch=place.recipe.watch if place.recipe else None,
         )
+        if trainer.isolated:
+            refuse_shared(student if teacher is None else teacher)
         if options.compile:
             stack.enter_context(compiled(trainer.to_compile()))
         try:
