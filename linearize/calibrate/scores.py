@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distill.losses import IGNORED, head_losses, head_of
+from ..distill.losses import IGNORED, head_losses, head_of, prove_head
 from ..errors import UsageError
 from ..surgery.keep import Wanted, heads_text
 from .capture import attentions_of, watch
@@ -143,6 +143,7 @@ def _gradient(
     gates = [attention.mixer.gate for _, attention in probe.mixer_layers()]
     groups = probe.mixer_layers()[0][1].anatomy.num_kv_heads
     rows = passages.repeat(1, 2)
+    prove_head(teacher)
     with torch.no_grad():
         targets = [teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state for ids in rows.split(2)]
     bounded = torch.tensor([not free for free in unbounded])

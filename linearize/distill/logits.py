@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .compiling import decoder_layers, mixers
 from .feed import Item
-from .losses import count_targets, head_losses, head_of
+from .losses import count_targets, head_losses, head_of, prove_head
 from .options import FinetuneOptions, LogitOptions
 from .trainer import StageTrainer
 
@@ -51,6 +51,8 @@ class HeadTrainer(StageTrainer):
         if self.teacher is not None:
             assert isinstance(options, LogitOptions)
             self.ce_weight, self.temperature = options.ce_weight, options.temperature
+            prove_head(self.teacher)
+        prove_head(self.student)
 
     def to_compile(self) -> list[nn.Module]:
         if self.isolated:
@@ -67,7 +69,7 @@ class HeadTrainer(StageTrainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         with self.autocast():
-            hidden = self.student.model(**inputs, use_cache=False).last_hidden_state
+            hidden = self.student.base_model(**inputs, use_cache=False).last_hidden_state
             teacher_hidden = teacher_head = None
             if self.teacher is not None:
                 with torch.no_grad():

@@ -8,14 +8,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import UserError
+
 Head = Callable[[Tensor], Tensor]
 IGNORED = -100
+# Of what `prove_head` tries, and how far it may be off, relative: bf16 has two digits.
+HEAD_TOKENS, HEAD_TOLERANCE = 8, 0.02
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -62,12 +67,36 @@ def count_targets(labels: Tensor) -> Tensor:
 
 
 def head_of(model: torch.nn.Module) -> Head:
-    """From final hidden states [..., D] to logits [..., V] as `model` computes them, soft cap included."""
+    """From final hidden states [..., D] to logits [..., V] as `model` computes them, factor and soft cap included."""
     project = model.get_output_embeddings()  # type: ignore[operator]
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    if cap is None:
+    config: Any = model.config
+    # Cohere's and Granite's factors
+    factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is None and factor == 1.0:
         return project
-    return lambda hidden: cap * torch.tanh(project(hidden) / cap)
+    if cap is None:
+        return lambda hidden: project(hidden) * factor
+    return lambda hidden: cap * torch.tanh(project(hidden) * factor / cap)
+
+
+@torch.no_grad()
+def prove_head(model: Any) -> None:
+    """Raises UserError where `head_of` does not give the model's own logits, tried on a few tokens."""
+    weight = model.get_output_embeddings().weight
+    ids = torch.arange(HEAD_TOKENS, device=weight.device).remainder(weight.shape[0])[None]
+    training = model.training
+    model.eval()
+    try:
+        theirs = widened(model(input_ids=ids, use_cache=False).logits)
+        ours = widened(head_of(model)(model.base_model(input_ids=ids, use_cache=False).last_hidden_state))
+    finally:
+        model.train(training)
+    if not float((ours - theirs).norm()) <= HEAD_TOLERANCE * float(theirs.norm()):
+        raise UserError(
+            f"{type(model).__name__} does more to its logits than its head and what is known (final_logit_softcapping, "
+            "logit_scale, logits_scaling): its logits cannot be made from hidden states"
+        )
 
 
 def _chunk_losses(
