@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import relative_error, shake
 from families import CONVERTED, REFUSED, UNLISTED, config_of, teacher_of
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from linearize.convert import convert, plan
+from linearize.distill import distill
+from linearize.distill.documents import keeps_apart
 from linearize.distill.lora import attach_lora, lora_targets, merged
+from linearize.distill.losses import prove_head
 from linearize.errors import UserError
 from linearize.modeling import LinearizeConfig
 from linearize.modeling.projections import weight_and_bias
@@ -157,6 +163,51 @@ def test_lora_finds_the_projections(name, projections, output):
     assert torch.equal(merged(model)(ids).logits, before)
 
 
+APART = {name: not name.startswith(("opt", "falcon")) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whether_packed_documents_are_kept_apart(name):
+    """By the teacher's masks, that is; a swapped layer always does."""
+    assert keeps_apart(teacher_of(name)) == APART[name]
+    assert keeps_apart(student_of(name))
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "falcon", "granite"])
+def test_stages_run_on_other_layouts(name):
+    """Each way in which a stage calls the layers and modules of a teacher."""
+    teacher, ids = teacher_of(name), tokens(8, 32)
+    for stage in ("transfer", "blocks", "mixing", "logits"):
+        student = convert(teacher, "gated_delta", window=8, keep_softmax=KEEP if stage != "mixing" else None)
+        data = [{"input_ids": row, "labels": row} for row in ids]
+        if (name, stage) == ("falcon", "mixing"):  # its class is chosen when it is built, and gives no weights
+            with pytest.raises(UserError, match="does not give its attention weights"):
+                distill(student, teacher, data, stage=stage, device="cpu")
+            continue
+        student = distill(student, teacher, data, stage=stage, device="cpu")
+        assert all(line["loss"] > 0 for line in student.distillation[0].log)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_heads_give_the_models_own_logits(name):
+    """Factors of the logits, too; and what is not known is refused."""
+    prove_head(teacher_of(name))
+    student = student_of(name)
+    prove_head(student)
+    forward = student.forward
+    student.forward = lambda **kwargs: SimpleNamespace(logits=1.1 * forward(**kwargs).logits)
+    with pytest.raises(UserError, match="does more to its logits"):
+        prove_head(student)
+
+
+def test_isolated_documents_are_refused_where_the_teacher_mixes_them():
+    teacher = teacher_of("opt")
+    places = torch.cat([torch.arange(10), torch.arange(22)])
+    data = [{"input_ids": row, "labels": row, "position_ids": places} for row in tokens(8, 32)]
+    with pytest.raises(UserError, match="OPTForCausalLM cannot keep packed documents apart"):
+        distill(convert(teacher, "linear", window=8), teacher, data, stage="transfer", device="cpu")
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_its_parts_named(name):
     with pytest.raises(UserError) as caught:
@@ -254,6 +305,21 @@ def test_the_proof_leaves_the_teacher_as_it_was():
     assert teacher.training and teacher.config._attn_implementation == "sdpa"
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
+
+
+def test_the_proof_runs_whatever_attention_the_teacher_was_loaded_with():
+    """Kernels that know no fp64 are not asked."""
+
+    def halves_alone(module, query, *args, **kwargs):
+        assert query.dtype in (torch.float16, torch.bfloat16)
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    AttentionInterface.register("halves", halves_alone)
+    AttentionMaskInterface.register("halves", sdpa_mask)
+    teacher = teacher_of("llama", torch.bfloat16)
+    teacher.set_attn_implementation("halves")
+    student = convert(teacher, "linear", keep_softmax="0")
+    assert teacher.config._attn_implementation == "halves" and student.mixer_layers()
 
 
 def test_the_students_config_leaves_the_teachers_rotary_settings_alone():

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import shake, tiny_teacher
+from conftest import shake
+from families import teacher_of
 
 from linearize.convert import convert
 
@@ -27,9 +28,9 @@ model.save_pretrained({folder!r} + "/again")
 """
 
 
-@pytest.mark.parametrize("mixer", ["based", "gla"])
-def test_remote_code_gives_the_same_logits(mixer, tmp_path):
-    student = shake(convert(tiny_teacher(), mixer, window=8, keep_softmax="heads:0.1"))
+@pytest.mark.parametrize(("family", "mixer"), [("llama", "based"), ("gpt_neox", "gla")])
+def test_remote_code_gives_the_same_logits(family, mixer, tmp_path):
+    student = shake(convert(teacher_of(family), mixer, window=8, keep_softmax="heads:0.1"))
     ids = torch.randint(3, 128, (2, 30))
     folder = tmp_path / "student"
     student.save_pretrained(folder)

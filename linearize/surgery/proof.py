@@ -32,6 +32,8 @@ TOKENS, PADS = 24, 7
 TOLERANCE = 1e-4
 # Logits of a smaller spread would not show what is done to large ones: inputs are made louder, up to so many times.
 SPREAD, LOUDEST = 5.0, 10.0
+# Implementations that compute in fp64 as they do in bf16; others (flash) give way to sdpa.
+WIDE = ("sdpa", "eager")
 # A copy of what runs, on a device without fp64, is in fp32.
 NO_FP64 = ("mps",)
 
@@ -82,7 +84,7 @@ def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy]) ->
         handles.append(attention.register_forward_pre_hook(before(anatomy.path, anatomy.layer_path), with_kwargs=True))
     implementation, training = teacher.config._attn_implementation, teacher.training
     try:
-        if "flash" in str(implementation):  # knows neither fp64 nor the CPU
+        if implementation not in WIDE:
             teacher.set_attn_implementation("sdpa")
         teacher.eval()
         teacher.base_model(**_text(teacher), use_cache=False)
@@ -142,6 +144,9 @@ def _error(module: nn.Module, anatomy: AttentionAnatomy, call: Call) -> float:
     """The relative error of the rebuilt module on what the teacher's was called with, at tokens that are no pads."""
     dtype = torch.float32 if call.hidden_states.device.type in NO_FP64 else torch.float64
     module = copy.deepcopy(module).to(dtype).eval()
+    config: Any = getattr(module, "config", None)  # the copy's own
+    if config is not None and config._attn_implementation not in WIDE:
+        config._attn_implementation = "sdpa"
     rebuilt = Projections(anatomy, module)
     x = torch.nan_to_num(call.hidden_states).to(dtype)
     kwargs = {name: _widened(value, dtype) for name, value in call.kwargs.items()}
