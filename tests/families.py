@@ -26,6 +26,7 @@ SIZES = {
 USUAL = {**SIZES, "intermediate_size": 96, "num_key_value_heads": 2, "tie_word_embeddings": False}
 LOCAL = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
 GPT2 = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.2}
+GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 OPT = {name: value for name, value in SIZES.items() if name != "initializer_range"}
 OPT |= {"ffn_dim": 96, "init_std": 0.2}

@@ -188,6 +188,27 @@ def test_stages_run_on_other_layouts(name):
         assert all(line["loss"] > 0 for line in student.distillation[0].log)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "stage", "programs"),
+    [(name, "transfer", 1) for name in ("gpt_neox", "stablelm+norms", "cohere", "olmo2")] + [("gpt2", "logits", 3)],
+)
+def test_compiled_layers(name, stage, programs):
+    """One program for all layers of a kind, without graph breaks, and the losses of eager training."""
+    teacher, ids = teacher_of(name), tokens(8, 32)
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    losses = []
+    for compile in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        student = convert(teacher, "retention", window=8)
+        student = distill(student, teacher, data, stage=stage, compile=compile, batch_size=2, device="cpu")
+        losses.append([line["loss"] for line in student.distillation[0].log])
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == programs
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_heads_give_the_models_own_logits(name):
     """Factors of the logits, too; and what is not known is refused."""
