@@ -247,13 +247,10 @@ def test_a_stage_with_waiting_layers_leaves_them_and_the_teacher_as_they_were(tm
 
 
 def test_cross_entropy_alone_asks_no_teacher(teacher) -> None:
-    calls = []
+    calls, student = [], student_of(teacher)
     handle = teacher.model.register_forward_hook(lambda *_: calls.append(1))
-    log = (
-        distill(student_of(teacher), teacher, rows(), stage="logits", logits=logit_options(ce_weight=1.0))
-        .distillation[0]
-        .log
-    )
+    options = logit_options(ce_weight=1.0)
+    log = distill(student, teacher, rows(), stage="logits", logits=options).distillation[0].log
     handle.remove()
     assert not calls and "kl" not in log[0] and log[0]["ce"] == pytest.approx(log[0]["loss"])
 
@@ -318,6 +315,7 @@ def test_repeated_rows_hold_a_passage_twice(teacher) -> None:
     student = student_of(teacher)
     student.model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"]), with_kwargs=True)
     distill(student, teacher, rows(), stage="logits", logits=logit_options(repeats=1.0, tokens=4 * LENGTH))
+    seen = [ids for ids in seen if ids.shape[1] == LENGTH]  # without those that check the head
     assert all(torch.equal(ids[:, :half], ids[:, half:]) for ids in seen) and seen
 
 
@@ -328,7 +326,7 @@ def test_repeated_rows_come_all_along(teacher) -> None:
     student.model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"]), with_kwargs=True)
     options = logit_options(repeats=0.25, batch_size=4, tokens=4 * steps * LENGTH)
     distill(student, teacher, rows(4 * steps), stage="logits", logits=options)
-    shares = [float((ids[:, :half] == ids[:, half:]).all(1).float().mean()) for ids in seen]
+    shares = [float((ids[:, :half] == ids[:, half:]).all(1).float().mean()) for ids in seen if ids.shape[1] == LENGTH]
     assert len(shares) == steps and sum(shares) == 0.25 * steps
     assert 0 < sum(shares[: steps // 2]) < sum(shares)
 
