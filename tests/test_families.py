@@ -309,6 +309,19 @@ def test_the_proof_sees_a_bound_that_no_attribute_shows(std):
         prove(teacher, anatomies, calls_of(teacher, anatomies))
 
 
+@torch.no_grad()
+def test_the_proof_sees_windows_longer_than_its_text():
+    """And one in the config that the model does not heed."""
+    config = config_of("mistral")
+    config.sliding_window = 4096
+    convert(AutoModelForCausalLM.from_config(config), "linear")
+    assert config.sliding_window == 4096
+    config = config_of("llama")
+    config.sliding_window = 4096
+    with pytest.raises(UserError, match=r"LlamaAttention\) is not the attention .* window 4096"):
+        convert(AutoModelForCausalLM.from_config(config), "linear")
+
+
 def test_a_part_that_does_not_show_is_refused_at_the_conversion():
     teacher = teacher_of("llama")
     attention = teacher.model.layers[1].self_attn

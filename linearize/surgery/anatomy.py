@@ -130,7 +130,7 @@ class _Reader:
         heads = config.num_attention_heads
         named = first(module, HEAD_DIMS, int)
         dim = getattr(module, named) if named else config.hidden_size // heads
-        scale = first(module, SCALES, float)
+        scale = first(module, SCALES, (int, float))
         norms, norm_over = self._norms(heads, dim)
         rotary_dim, rotary, wide = self._rotation()
         anatomy = AttentionAnatomy(

@@ -26,8 +26,9 @@ from ..modeling.projections import Projections
 from .anatomy import HOW_TO_ADD
 from .parts import parts_text
 
-# Tokens of a row, and the pads on the left of the second: more than that no window or position is proven.
-TOKENS, PADS = 24, 7
+# Tokens of a row, the pads on the left of the second, and the sliding window for as long as the proof takes: a longer
+# one would not show in so short a text.
+TOKENS, PADS, WINDOW = 24, 7, 12
 # A wrong part gives 1e-3 and more, rounding 1e-6 (some teachers round their softmax to fp32).
 TOLERANCE = 1e-4
 # Logits of a smaller spread would not show what is done to large ones: inputs are made louder, up to so many times.
@@ -83,7 +84,10 @@ def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy]) ->
                 handles.append(child.register_forward_hook(after(anatomy.layer_path)))
         handles.append(attention.register_forward_pre_hook(before(anatomy.path, anatomy.layer_path), with_kwargs=True))
     implementation, training = teacher.config._attn_implementation, teacher.training
+    window = getattr(teacher.config, "sliding_window", None)
     try:
+        if window is not None:
+            teacher.config.sliding_window = min(window, WINDOW)
         if implementation not in WIDE:
             teacher.set_attn_implementation("sdpa")
         teacher.eval()
@@ -91,6 +95,8 @@ def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy]) ->
     finally:
         for handle in handles:
             handle.remove()
+        if window is not None:
+            teacher.config.sliding_window = window
         teacher.train(training)
         if teacher.config._attn_implementation != implementation:
             teacher.set_attn_implementation(implementation)
@@ -165,7 +171,8 @@ def _error(module: nn.Module, anatomy: AttentionAnatomy, call: Call) -> float:
     if anatomy.window is None:
         heads = kept_softmax(q, k, v, scale=anatomy.scale, layout=layout, cache=None)
     else:
-        heads = kept_window(q, k, v, scale=anatomy.scale, window=anatomy.window, sinks=0, layout=layout, cache=None)
+        window = min(anatomy.window, WINDOW)
+        heads = kept_window(q, k, v, scale=anatomy.scale, window=window, sinks=0, layout=layout, cache=None)
     ours = rebuilt.put_out(heads)
     if layout.real is not None:
         ours, theirs = ours[layout.real], theirs[layout.real]
