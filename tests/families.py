@@ -6,6 +6,7 @@ vocabulary of 128. The variants of a family that its attention depends on stand 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -30,12 +31,19 @@ GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 OPT = {name: value for name, value in SIZES.items() if name != "initializer_range"}
 OPT |= {"ffn_dim": 96, "init_std": 0.2}
+# Rotary frequencies that follow the text's length.
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}
+LONG |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
+# Ministral 3 scales its queries by position; not with these.
+FLAT = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.0, "original_max_position_embeddings": 64}
 EXPERTS = {"num_local_experts": 4}
 QWEN_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 # model_type+variant: the config's class, and what differs from USUAL, or all of it
 CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", USUAL),
+    "llama+dynamic": ("LlamaConfig", {**USUAL, "rope_parameters": DYNAMIC}),
     "mistral": ("MistralConfig", {**USUAL, "sliding_window": 12}),
     "mixtral": ("MixtralConfig", {**USUAL, **EXPERTS, "sliding_window": None}),
     "qwen2": ("Qwen2Config", USUAL),
@@ -46,6 +54,7 @@ CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("PhiConfig", {**USUAL, "partial_rotary_factor": 0.5}),
     "phi+norms": ("PhiConfig", {**USUAL, "partial_rotary_factor": 0.5, "qk_layernorm": True}),
     "phi3": ("Phi3Config", USUAL),
+    "phi3+long": ("Phi3Config", {**USUAL, "rope_parameters": LONG, "original_max_position_embeddings": 64}),
     "gpt2": ("GPT2Config", GPT2),
     "gpt2+scales": ("GPT2Config", {**GPT2, "scale_attn_by_inverse_layer_idx": True}),
     "gpt_neox": ("GPTNeoXConfig", {**SIZES, "intermediate_size": 96}),
@@ -68,6 +77,7 @@ CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
 UNLISTED: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo": ("OlmoConfig", USUAL),
     "glm": ("GlmConfig", {**USUAL, "head_dim": 16}),
+    "ministral3": ("Ministral3Config", {**USUAL, "rope_parameters": FLAT}),
     "persimmon": ("PersimmonConfig", {**SIZES, "intermediate_size": 96}),
 }
 # Families that are refused, with what the message names.
@@ -90,7 +100,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 def config_of(name: str) -> PreTrainedConfig:
     kind, fields = {**CONVERTED, **UNLISTED, **REFUSED}[name][:2]
-    return getattr(transformers, kind)(**fields)
+    return getattr(transformers, kind)(**copy.deepcopy(fields))
 
 
 def teacher_of(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

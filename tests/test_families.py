@@ -23,7 +23,7 @@ from linearize.modeling import LinearizeConfig
 from linearize.modeling.projections import weight_and_bias
 from linearize.surgery.anatomy import meta_model, read_anatomy
 from linearize.surgery.families import FAMILIES
-from linearize.surgery.proof import calls_of, prove
+from linearize.surgery.proof import calls_of, prove, proven_calls
 
 NAMES = [*CONVERTED, *UNLISTED]
 MIXERS = ["linear", "gated_delta"]
@@ -322,6 +322,16 @@ def test_the_proof_sees_windows_longer_than_its_text():
         convert(AutoModelForCausalLM.from_config(config), "linear")
 
 
+@pytest.mark.parametrize("start", [16, 64])
+def test_the_proof_sees_what_far_positions_do(start):
+    """Queries are scaled from `original_max_position_embeddings` on, far past the proof's own length as within it."""
+    config = config_of("ministral3")
+    convert(AutoModelForCausalLM.from_config(config), "linear")
+    config.rope_parameters |= {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": start}
+    with pytest.raises(UserError, match=r"Ministral3Attention\) is not the attention that it was read as"):
+        convert(AutoModelForCausalLM.from_config(config), "linear")
+
+
 def test_a_part_that_does_not_show_is_refused_at_the_conversion():
     teacher = teacher_of("llama")
     attention = teacher.model.layers[1].self_attn
@@ -331,14 +341,30 @@ def test_a_part_that_does_not_show_is_refused_at_the_conversion():
         convert(teacher, "linear")
 
 
-def test_the_proof_leaves_the_teacher_as_it_was():
-    teacher = teacher_of("gpt2").train()
+@pytest.mark.parametrize("name", ["gpt2", "phi3+long", "llama+dynamic"])
+def test_the_proof_leaves_the_teacher_as_it_was(name):
+    teacher = teacher_of(name).train()
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    anatomies = read_anatomy(teacher)
-    prove(teacher, anatomies, calls_of(teacher, anatomies))
+    rotates = name != "gpt2"
+    frequencies = teacher.model.rotary_emb.inv_freq.clone() if rotates else None
+    proven_calls(teacher, read_anatomy(teacher))
     assert teacher.training and teacher.config._attn_implementation == "sdpa"
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    assert not rotates or torch.equal(teacher.model.rotary_emb.inv_freq, frequencies)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
+
+
+@pytest.mark.parametrize("name", ["phi3+long", "llama+dynamic"])
+@torch.no_grad()
+def test_rotary_frequencies_that_follow_the_length(name, tmp_path):
+    """Also of a teacher that has read something long, which may leave it with other buffers."""
+    teacher = teacher_of(name)
+    teacher(tokens(1, 140))
+    convert(teacher, "linear", keep_softmax=[0, 1]).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for length in (30, 140, 30):
+        ids = tokens(1, length)
+        assert torch.equal(loaded(ids).logits, teacher(ids).logits)
 
 
 def test_the_proof_runs_whatever_attention_the_teacher_was_loaded_with():

@@ -1,4 +1,4 @@
-"""The proof that a teacher's attention was read rightly: one short forward, and each module against its own rebuild.
+"""The proof that a teacher's attention was read rightly: short forwards, and each module against its own rebuild.
 
 Whatever the names say, a module that computes something else (other positions, another mask, one more part) would make
 a student that is silently wrong. So the modules' calls are caught, and each is made again: by the teacher's module, and
@@ -9,6 +9,7 @@ the model's own precision would hide a difference.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,9 +48,34 @@ class Call:
     norm: nn.Module | None
 
 
+def proven_calls(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy]) -> list[Call]:
+    """The calls of the attention modules in a short text, each anatomy proven on them, and before that at the last
+    positions that the teacher has: some families scale their queries from some position on.
+
+    Raises:
+        UserError: as `calls_of` and `prove`.
+    """
+    start = _last_start(teacher)
+    if start:
+        prove(teacher, anatomies, calls_of(teacher, anatomies, start))
+    # The beginning comes last: rotary frequencies that follow the text's length are then as they were.
+    calls = calls_of(teacher, anatomies)
+    prove(teacher, anatomies, calls)
+    return calls
+
+
+def _last_start(teacher: PreTrainedModel) -> int:
+    """The position at which the last text that the teacher has room for starts; 0 where it cannot be told."""
+    if "position_ids" not in inspect.signature(type(teacher.base_model).forward).parameters:
+        return 0
+    return max((getattr(teacher.config, "max_position_embeddings", None) or 0) - TOKENS, 0)
+
+
 @torch.no_grad()
-def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy]) -> list[Call]:
-    """One short forward of the teacher on random tokens, the second row padded: the call of each attention module.
+def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], start: int = 0) -> list[Call]:
+    """One short forward of the teacher on random tokens: the call of each attention module.
+
+    From the first position on they are two rows, the second padded; from another `start` on one row.
 
     Raises:
         UserError: a module is called in another way than those that are known.
@@ -89,7 +115,7 @@ def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy]) ->
         if implementation not in WIDE:
             teacher.set_attn_implementation("sdpa")
         teacher.eval()
-        teacher.base_model(**_text(teacher), use_cache=False)
+        teacher.base_model(**_text(teacher, start), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -104,13 +130,16 @@ def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy]) ->
     return [calls[anatomy.path] for anatomy in anatomies]
 
 
-def _text(teacher: PreTrainedModel) -> dict[str, Tensor]:
+def _text(teacher: PreTrainedModel, start: int) -> dict[str, Tensor]:
     room = getattr(teacher.config, "max_position_embeddings", None) or TOKENS
     tokens = min(TOKENS, room)
     vocabulary: Any = teacher.get_input_embeddings()
     device = vocabulary.weight.device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary.weight.shape[0], (2, tokens), generator=generator, device="cpu")
+    if start:
+        positions = torch.arange(start, start + tokens, device=device)
+        return {"input_ids": ids[:1].to(device), "position_ids": positions[None]}
     mask = torch.ones_like(ids)
     mask[1, : min(PADS, tokens - 1)] = 0
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
@@ -131,7 +160,9 @@ def prove(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], calls
                 error = _error(module, anatomy, call, dtype)
                 break
             except (RuntimeError, TypeError, ValueError, IndexError) as problem:
-                error = str(problem).splitlines()[0]
+                if isinstance(problem, torch.OutOfMemoryError) and dtype == torch.float32:
+                    raise
+                error = (str(problem) or type(problem).__name__).splitlines()[0]
         if isinstance(error, str) or not error <= TOLERANCE:
             how = error if isinstance(error, str) else f"its output is {error:.1e} (relative) away"
             raise UserError(

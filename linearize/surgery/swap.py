@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..modeling import LinearizeForCausalLM
 from .anatomy import read_anatomy
-from .proof import Call, calls_of, prove
+from .proof import Call, proven_calls
 from .rotation import frequencies
 from .starts import start_from_weights
 from .student import student_config
@@ -29,10 +29,8 @@ def swap(
     errors as in `convert`. Nothing is swapped before the teacher's attention is proven to be what it was read as."""
     config = student_config(model, to, **options)
     anatomies = read_anatomy(model)
-    calls = None
-    if model.device.type != "meta":  # without weights there is nothing to run, and nothing to be wrong about
-        calls = calls_of(model, anatomies)
-        prove(model, anatomies, calls)
+    # Without weights there is nothing to run, and nothing to be wrong about.
+    calls = None if model.device.type == "meta" else proven_calls(model, anatomies)
     with torch.device("meta"):
         student = LinearizeForCausalLM(config)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
@@ -52,12 +50,13 @@ def swap(
 
 
 def _fill_buffers(student: LinearizeForCausalLM, teacher: PreTrainedModel) -> None:
-    """Buffers that checkpoints do not hold (rotary frequencies) come from the teacher's modules."""
-    source = dict(teacher.named_buffers())
+    """Buffers that checkpoints do not hold (rotary frequencies) come from the teacher's modules, where a forward may
+    have made plain attributes of them."""
     for name, buffer in list(student.named_buffers()):
         if buffer.is_meta:
             owner, _, attribute = name.rpartition(".")
-            student.get_submodule(owner).register_buffer(attribute, source[name].detach().clone(), persistent=False)
+            source = getattr(teacher.get_submodule(owner), attribute)
+            student.get_submodule(owner).register_buffer(attribute, source.detach().clone(), persistent=False)
 
 
 def _start_mixers(
