@@ -19,7 +19,7 @@ from linearize.distill.documents import keeps_apart
 from linearize.distill.lora import attach_lora, lora_targets, merged
 from linearize.distill.losses import prove_head
 from linearize.errors import UserError
-from linearize.modeling import LinearizeConfig
+from linearize.modeling import AttentionAnatomy, LinearizeConfig
 from linearize.modeling.projections import weight_and_bias
 from linearize.surgery.anatomy import meta_model, read_anatomy
 from linearize.surgery.families import FAMILIES
@@ -247,6 +247,22 @@ def test_cross_attention_is_refused():
     config.add_cross_attention = True
     with pytest.raises(UserError, match="cross-attention"):
         meta_model(config)
+
+
+def test_attention_of_the_name_of_what_is_new_is_refused():
+    teacher = teacher_of("llama")
+    for layer in teacher.model.layers:
+        layer.mixer = layer.self_attn
+        del layer.self_attn
+    with pytest.raises(UserError, match=r"layers\.0\.mixer: attention modules of that name"):
+        read_anatomy(teacher)
+
+
+@pytest.mark.parametrize("kind", ["rows", "norm_over", "rotary"])
+def test_an_anatomy_of_no_known_kind_is_refused(kind):
+    facts = read_anatomy(teacher_of("llama"))[0].to_dict() | {kind: "sideways"}
+    with pytest.raises(ValueError, match=f"{kind} is 'sideways', and can be: "):
+        AttentionAnatomy(**facts)
 
 
 # What could be read wrongly: an anatomy of this family with these facts instead is another attention.

@@ -91,7 +91,7 @@ def describe(student: LinearizeForCausalLM, teacher: PreTrainedModel, to: str) -
     config: Any = student.config
     element = torch.finfo(teacher.dtype).bits // 8
     anatomies = read_anatomy(teacher)
-    prefix = anatomies[0].layer_path.rpartition(".")[0]
+    prefix = anatomies[0].stack_path
     layers = [
         LayerPlan(index, layer["mixer"], layer.get("softmax_heads", []), softmax_window=layer.get("softmax_window"))
         for index, layer in enumerate(config.layers)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .layer_pass import Pair, attention_pairs
 from .losses import relative_loss
-from .parameters import layer_path
 from .transfer import LayerTrainer
 
 
@@ -23,7 +22,7 @@ class BlockTrainer(LayerTrainer):
 
     def pairs_of(self, student: Any, teacher: Any) -> dict[int, Pair]:
         attention_pairs(student, teacher)  # refuses what does not fit
-        paths = {layer: layer_path(attention.path) for layer, attention in student.mixer_layers()}
+        paths = {layer: attention.anatomy.layer_path for layer, attention in student.mixer_layers()}
         return {layer: (student.get_submodule(path), teacher.get_submodule(path)) for layer, path in paths.items()}
 
     def layer_loss(

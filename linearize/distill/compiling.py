@@ -32,9 +32,8 @@ def attentions(student: Any) -> list[Any]:
 
 def decoder_layers(student: Any, model: Any) -> list[nn.Module]:
     """Every layer of `model`, the student or its teacher, that lies beside the student's swapped ones."""
-    paths = [attention.path for attention in attentions(student)]
-    lists = dict.fromkeys(path.rpartition(".")[0].rpartition(".")[0] for path in paths)
-    return [layer for path in lists for layer in model.get_submodule(path)]
+    stacks = dict.fromkeys(attention.anatomy.stack_path for attention in attentions(student))
+    return [layer for path in stacks for layer in model.get_submodule(path)]
 
 
 @contextmanager

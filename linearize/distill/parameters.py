@@ -29,15 +29,15 @@ def trainable_names(student: Any, train: str) -> set[str]:
     the decoder layers whose attention is swapped.
     """
     names = {name for name, _ in student.named_parameters()}
-    paths = [attention.path for _, attention in student.mixer_layers()]
+    anatomies = [attention.anatomy for _, attention in student.mixer_layers()]
     if train == "new":
         return {name for name in names if is_new(name)}
     if train == "attention":
-        return _under(names, paths)
+        return _under(names, [anatomy.path for anatomy in anatomies])
     if train == "layers":
-        return _under(names, [layer_path(path) for path in paths])
-    if train == "all_but_mlp" and paths:
-        stack, leaf = layer_path(paths[0]).rpartition(".")[0], paths[0].rpartition(".")[2]
+        return _under(names, [anatomy.layer_path for anatomy in anatomies])
+    if train == "all_but_mlp" and anatomies:
+        stack, leaf = anatomies[0].stack_path, anatomies[0].path.rpartition(".")[2]
         mlps = [
             f"{stack}.{index}.{child}"
             for index, layer in student.get_submodule(stack).named_children()
@@ -46,11 +46,6 @@ def trainable_names(student: Any, train: str) -> set[str]:
         ]
         return names - _under(names, mlps)
     return names
-
-
-def layer_path(attention_path: str) -> str:
-    """The decoder layer that holds an attention module."""
-    return attention_path.rpartition(".")[0]
 
 
 def _under(names: set[str], paths: list[str]) -> set[str]:

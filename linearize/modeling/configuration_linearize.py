@@ -19,6 +19,12 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 SOFTMAX = "softmax"
+# What the fields of an anatomy that name a kind can be.
+KINDS = {
+    "rows": ("apart", "blocks", "groups"),
+    "norm_over": ("head", "channels", "head_first"),
+    "rotary": ("half", "pairs", "pairs_of_halves"),
+}
 
 
 @dataclass(kw_only=True)
@@ -57,6 +63,9 @@ class AttentionAnatomy:
     rotary_wide: bool = False
 
     def __post_init__(self) -> None:
+        for name, known in KINDS.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{self.path}: {name} is {getattr(self, name)!r}, and can be: {', '.join(known)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.path}: {self.num_heads} query heads do not divide into {self.num_kv_heads} key heads"
@@ -71,6 +80,11 @@ class AttentionAnatomy:
     def layer_path(self) -> str:
         """The decoder layer that holds the module."""
         return self.path.rpartition(".")[0]
+
+    @property
+    def stack_path(self) -> str:
+        """The list of the decoder's layers."""
+        return self.layer_path.rpartition(".")[0]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

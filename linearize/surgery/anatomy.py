@@ -42,7 +42,7 @@ def family_of(config: PreTrainedConfig) -> Family:
         raise UserError(f"{model_type!r} is no causal language model; linearize converts {known}")
     if getattr(config, "add_cross_attention", False):
         raise UserError(f"{model_type!r} with cross-attention is not supported: linearize converts language models")
-    return Family(model_type=model_type, name=model_type, summary="read off its modules, and proven at the conversion")
+    return Family(summary="read off its modules, and proven at the conversion")
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -126,6 +126,8 @@ class _Reader:
                 f"{self.path} ({type(module).__name__}) has {what} of a name that is known; it is made of: "
                 f"{parts_text(module)}. {HOW_TO_ADD}"
             )
+        if "mixer" in self.path.split("."):  # by that name new parameters are told from the teacher's
+            raise UserError(f"{self.path}: attention modules of that name are not supported")
         names, rows = inputs
         heads = config.num_attention_heads
         named = first(module, HEAD_DIMS, int)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..modeling.configuration_linearize import KINDS
 from ..modeling.projections import rotate
-
-KINDS = ("half", "pairs", "pairs_of_halves")
 
 
 def frequencies(model: PreTrainedModel, layer: int) -> Tensor | None:
@@ -47,7 +46,7 @@ def _kind(turn: Callable[..., Any], dim: int) -> tuple[str, bool] | None:
         want = turn(q, k, cos, sin)[0]
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
-    for how in KINDS:
+    for how in KINDS["rotary"]:
         for wide in (False, True):
             got = rotate(q.transpose(1, 2), cos, sin, dim, how, wide).transpose(1, 2)
             if got.dtype == want.dtype and torch.equal(got, want):
