@@ -26,11 +26,12 @@ def test_second_moments_match_samples(family, which):
     teacher = teacher_of(family)
     anatomy = read_anatomy(teacher)[0]
     norm = calls_of(teacher, [anatomy])[0].norm
+    size = 3.0
     assert (norm is None) == (family == "olmo2")
     attention = convert(teacher, "based").mixer_layers()[0][1]
     inv_freq = frequencies(teacher, 0) if anatomy.rotary_dim else None
     x = torch.randn(400, len(POSITIONS), 64)
-    x = x if norm is None else norm(3 * x)
+    x = size * x if norm is None else norm(size * x)
     cos, sin = torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
     if inv_freq is not None:
         angle = POSITIONS[:, None] * inv_freq
@@ -38,7 +39,7 @@ def test_second_moments_match_samples(family, which):
         cos, sin = angle.cos()[None], angle.sin()[None]
     y = attention.project(x, (cos, sin))[which].double()
     sampled = torch.einsum("bphi,bphj->hij", y, y) / (400 * len(POSITIONS))
-    moment = second_moment(attention, which, norm, inv_freq)
+    moment = second_moment(attention, which, norm, inv_freq, size)
     # Norms of queries and keys make the sample's moment only approximately the linear one.
     tolerance = 0.25 if anatomy.norms and which < 2 else 0.08
     assert float((moment - sampled).norm() / sampled.norm()) < tolerance
@@ -69,6 +70,17 @@ def test_based_projections_keep_more_of_the_logits_than_leading_channels():
     leading = torch.eye(16, 8, dtype=torch.float64)
     other = unexplained(leading.expand(4, -1, -1), leading.expand(2, -1, -1))
     assert chosen < 0.3 * other, (chosen, other)
+
+
+@torch.no_grad()
+def test_linear_branches_start_in_proportion_to_inputs_that_nothing_normalises():
+    """OLMo 2 has no norm before its attention."""
+    scales = []
+    for size in (1.0, 10.0):
+        teacher = teacher_of("olmo2")
+        teacher.model.embed_tokens.weight.mul_(size)
+        scales.append(convert(teacher, "gla").mixer_layers()[0][1].mixer.linear_scale)
+    torch.testing.assert_close(scales[1], 10 * scales[0])
 
 
 def test_half_lives():

@@ -47,6 +47,10 @@ class Call:
     kwargs: dict[str, Any]
     norm: nn.Module | None
 
+    def size(self) -> float:
+        """The root mean square of the hidden states of a usual token; a few tokens can be many times larger."""
+        return float(self.hidden_states.float().square().mean(-1).sqrt().median())
+
 
 def proven_calls(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy]) -> list[Call]:
     """The calls of the attention modules in a short text, each anatomy proven on them, and before that at the last

@@ -1,7 +1,7 @@
 """Starts of a mixer's new parameters from the teacher's weights alone, without data.
 
 The input of an attention layer is normalised, x = gain z + shift with E[z z^T] = I to first order, and the second
-moments of q, k and v follow from the projections.
+moments of q, k and v follow from the projections. Where no norm comes before it, x = size z.
 """
 
 from __future__ import annotations
@@ -22,20 +22,23 @@ POSITIONS = torch.arange(0, 2048, 37)
 Q, K, V = range(3)
 
 
-def start_from_weights(attention: LinearizeAttention, norm: nn.Module | None, inv_freq: Tensor | None) -> None:
+def start_from_weights(
+    attention: LinearizeAttention, norm: nn.Module | None, inv_freq: Tensor | None, size: float = 1.0
+) -> None:
     """Sets what the weights determine: Based's projections, and the scale of an unnormalised linear branch.
 
     Args:
         attention: a swapped module with the teacher's projections already in it.
         norm: what normalises its input, of any kind; None where nothing does, or it is not known.
         inv_freq: [rotary_dim / 2], rotary frequencies; None where nothing rotates.
+        size: root mean square of its input, where there is no `norm`.
     """
     mixer = attention.mixer
     if isinstance(mixer, Based):
-        moments = [second_moment(attention, which, norm, inv_freq) for which in (Q, K)]
+        moments = [second_moment(attention, which, norm, inv_freq, size) for which in (Q, K)]
         based_projections(attention, mixer, *moments)
     if isinstance(mixer, UnnormalizedMixer):
-        _start_scale(attention, mixer, norm)
+        _start_scale(attention, mixer, norm, size)
 
 
 def _gain_and_shift(norm: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,12 +54,16 @@ def _gain_and_shift(norm: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Ten
 
 
 @torch.no_grad()
-def second_moment(attention: LinearizeAttention, which: int, norm: nn.Module | None, inv_freq: Tensor | None) -> Tensor:
+def second_moment(
+    attention: LinearizeAttention, which: int, norm: nn.Module | None, inv_freq: Tensor | None, size: float = 1.0
+) -> Tensor:
     """E[y y^T] of each head's projected, normalised and rotated channels, [heads, D, D] in fp64, on the CPU; y is q, k
     or v as `which` says, the rest as in `start_from_weights`."""
     anatomy = attention.anatomy
     weight, bias = (tensor.detach().cpu().double() for tensor in attention.matrices()[which])
-    if norm is not None:
+    if norm is None:
+        weight = weight * size
+    else:
         wide = copy.deepcopy(norm).float()
         gain, shift = _gain_and_shift(wide, torch.ones(1, 1, anatomy.hidden_size, device=attention.device))
         weight, bias = weight * gain.view(-1), bias + weight @ shift.view(-1)
@@ -129,10 +136,10 @@ def based_projections(attention: LinearizeAttention, mixer: Based, moment_q: Ten
 
 
 @torch.no_grad()
-def _start_scale(attention: LinearizeAttention, mixer: UnnormalizedMixer, norm: nn.Module | None) -> None:
+def _start_scale(attention: LinearizeAttention, mixer: UnnormalizedMixer, norm: nn.Module | None, size: float) -> None:
     """The normalised linear branch starts at a share of the values' own size: half, or a fiftieth where it is added to
     a window and not weighed against it."""
-    size = second_moment(attention, V, norm, None).diagonal(dim1=-2, dim2=-1).mean(-1).sqrt()
+    values = second_moment(attention, V, norm, None, size).diagonal(dim1=-2, dim2=-1).mean(-1).sqrt()
     share = 0.5 if mixer.weighed or not mixer.window else 0.02
-    kept = size[attention.mixer_groups].repeat_interleave(attention.anatomy.group_size)
+    kept = values[attention.mixer_groups].repeat_interleave(attention.anatomy.group_size)
     mixer.linear_scale.copy_(share * kept)

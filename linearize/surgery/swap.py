@@ -69,5 +69,10 @@ def _start_mixers(
             torch.manual_seed(seed + index)
             attention.mixer.reset_parameters()
         rotates = attention.anatomy.rotary_dim > 0
-        norm = None if calls is None else calls[index].norm
-        start_from_weights(attention, norm, frequencies(teacher, index) if rotates else None)
+        call = None if calls is None else calls[index]
+        start_from_weights(
+            attention,
+            None if call is None else call.norm,
+            frequencies(teacher, index) if rotates else None,
+            size=1.0 if call is None or call.norm is not None else call.size(),
+        )
