@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import relative_error, shake
+from conftest import MIXER_NAMES, relative_error, shake
 from families import CONVERTED, REFUSED, UNLISTED, config_of, teacher_of
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -26,7 +26,6 @@ from linearize.surgery.families import FAMILIES
 from linearize.surgery.proof import calls_of, prove, proven_calls
 
 NAMES = [*CONVERTED, *UNLISTED]
-MIXERS = ["linear", "gated_delta"]
 KEEP = "heads:0.1,1.2"
 
 
@@ -58,6 +57,28 @@ def test_every_layer_left_softmax_is_the_teacher(name):
     teacher, ids = teacher_of(name), tokens()
     student = convert(teacher, "linear", keep_softmax=[0, 1])
     assert torch.equal(student(ids).logits, teacher(ids).logits)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    ours, theirs = (model(ids, attention_mask=mask).logits for model in (student, teacher))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_teachers_in_bfloat16(name, tmp_path):
+    """What stays softmax is the teacher's to the bit, and heads that are kept are, but for roundings."""
+    teacher, ids = teacher_of(name, torch.bfloat16), tokens()
+    whole = convert(teacher, "gla", keep_softmax=[0, 1])
+    assert torch.equal(whole(ids).logits, teacher(ids).logits)
+    student = shake(convert(teacher, "gla", window=8, keep_softmax=KEEP))
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16 and torch.equal(loaded(ids).logits, student(ids).logits)
+    anatomies, places = read_anatomy(teacher), []
+    for model in (student, teacher):
+        heads_alone(model, anatomies, (1, 2))
+        places.append(model(ids).logits)
+    assert relative_error(*places) < 3e-2
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,7 +91,7 @@ def test_tensors_keep_the_teachers_names(name):
     assert plan(teacher.config, "linear", keep_softmax=KEEP).layers[1].tensors
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_kept_heads_are_the_teachers(name, mixer):
@@ -86,7 +107,7 @@ def test_kept_heads_are_the_teachers(name, mixer):
     assert relative_error(ours, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_generation_with_a_cache_and_without(name, mixer, tmp_path):
@@ -105,7 +126,7 @@ def test_generation_with_a_cache_and_without(name, mixer, tmp_path):
     assert relative_error(torch.cat([cut.logits, rest], 1), whole) < 2e-5
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_finite(name, mixer):
     student = student_of(name, mixer).train()
