@@ -17,7 +17,7 @@ from .families import FAMILIES, Family
 from .parts import BOUNDS, HEAD_DIMS, NORMS, OUTPUTS, PROJECTION, SCALES, SINKS, first, inputs_of, parts_text
 from .rotation import frequencies, rotation_of
 
-HOW_TO_ADD = "ARCHITECTURE.md says how a family is added: its parts' names in linearize/surgery/parts.py"
+HOW_TO_ADD = "CONTRIBUTING.md shows how a family is added: its parts' names in linearize/surgery/parts.py"
 
 
 def family_of(config: PreTrainedConfig) -> Family:
