@@ -76,6 +76,7 @@ CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
 # Families that nobody listed, made of the same parts.
 UNLISTED: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo": ("OlmoConfig", USUAL),
+    "gpt_bigcode": ("GPTBigCodeConfig", GPT2),
     "glm": ("GlmConfig", {**USUAL, "head_dim": 16}),
     "ministral3": ("Ministral3Config", {**USUAL, "rope_parameters": FLAT}),
     "persimmon": ("PersimmonConfig", {**SIZES, "intermediate_size": 96}),

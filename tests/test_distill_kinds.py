@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 
@@ -244,6 +245,19 @@ def test_a_stage_with_waiting_layers_leaves_them_and_the_teacher_as_they_were(tm
     assert not any(".mlp." in n or "layers.0.self_attn" in n or "layers.2.self_attn" in n for n in changed)
     assert all(torch.equal(teacher_before[name], p) for name, p in teacher.named_parameters())
     assert all(p.requires_grad for p in [*student.parameters(), *teacher.parameters()])
+
+
+@pytest.mark.parametrize("train", ["attention", "all_but_mlp"])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_student_in_half_precision_trains_in_part(teacher, train, isolated) -> None:
+    """What trains is fp32 then and the rest is not, in the checks of the head and of documents, too."""
+    teacher = copy.deepcopy(teacher).bfloat16()
+    places = torch.cat([torch.arange(LENGTH // 4), torch.arange(LENGTH - LENGTH // 4)])
+    data = [row | ({"position_ids": places} if isolated else {}) for row in rows(8)]
+    log = distill(
+        student_of(teacher), teacher, data, stage="logits", logits=logit_options(train=train, precision="bf16")
+    )
+    assert all(math.isfinite(line["loss"]) for line in log.distillation[0].log)
 
 
 def test_cross_entropy_alone_asks_no_teacher(teacher) -> None:

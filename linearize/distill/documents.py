@@ -1,5 +1,6 @@
-"""Whether a model keeps packed documents apart where positions restart. Some families' masks know nothing of it, and a
-student, whose swapped layers do, would learn from a teacher that sees other text."""
+"""Whether a model keeps packed documents apart where positions restart. Some families' masks know nothing of it; some
+hand no positions to their attention modules, and swapped layers then mix what the teacher keeps apart. Either way a
+student would learn from a teacher that sees other text than it does itself."""
 
 from __future__ import annotations
 
@@ -41,8 +42,9 @@ def keeps_apart(model: Any) -> bool:
 def refuse_shared(model: Any) -> None:
     """Raises UserError where packed documents see each other in spite of positions that restart."""
     if not keeps_apart(model):
+        kind = model.config.get_text_config().model_type
         raise UserError(
-            f"{type(model).__name__} cannot keep packed documents apart (a {model.config.model_type} model's masks do "
-            "not follow position_ids), so what it says of one depends on those before it: leave out --isolate, and "
-            "train on text rather than conversations"
+            f"{type(model).__name__} cannot keep packed documents apart (a {kind} model's attention does not follow "
+            "position_ids), so what it says of one depends on those before it: leave out --isolate, and train on text "
+            "rather than conversations"
         )

@@ -51,8 +51,10 @@ class HeadTrainer(StageTrainer):
         if self.teacher is not None:
             assert isinstance(options, LogitOptions)
             self.ce_weight, self.temperature = options.ce_weight, options.temperature
-            prove_head(self.teacher)
-        prove_head(self.student)
+        with self.autocast():  # what trains is fp32, also in a student of half precision
+            for model in (self.student, self.teacher):
+                if model is not None:
+                    prove_head(model)
 
     def to_compile(self) -> list[nn.Module]:
         if self.isolated:

@@ -102,7 +102,10 @@ def _train(
             watch=place.recipe.watch if place.recipe else None,
         )
         if trainer.isolated:
-            refuse_shared(student if teacher is None else teacher)
+            with trainer.autocast():
+                for model in (student, teacher):
+                    if model is not None:
+                        refuse_shared(model)
         if options.compile:
             stack.enter_context(compiled(trainer.to_compile()))
         try:
