@@ -296,6 +296,37 @@ def test_bounded_kept_heads_are_a_sliding_window(mixer_name):
     assert all(attention.kv_bytes_per_token() == 2 * 2 * 16 for _, attention in free.mixer_layers())
 
 
+@pytest.mark.parametrize("name", ["retention", "gla", "mamba2", "gated_delta"])
+@torch.no_grad()
+def test_a_weighed_branch_keeps_the_contract(name, tmp_path):
+    """Pieces and steps, pads on the left, packed documents, save and load, where the far mass weighs the branch."""
+    student, ids = student_of(name, gains=True), tokens()
+    whole = student(ids, use_cache=True)
+    cache, start, logits = None, 0, []
+    for length in (3, 1, 17, *[1] * 24):
+        out = student(ids[:, start : start + length], past_key_values=cache, use_cache=True)
+        cache, start = out.past_key_values, start + length
+        logits.append(out.logits)
+    assert relative_error(torch.cat(logits, 1), whole.logits) < 1e-10
+    pads = torch.cat([torch.full((2, 9), 7), ids], dim=1)
+    mask = torch.cat([torch.zeros(2, 9, dtype=torch.long), torch.ones_like(ids)], dim=1)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = student(pads, attention_mask=mask, position_ids=places).logits[:, 9:]
+    assert relative_error(padded, whole.logits) < 1e-10
+    places = torch.cat([torch.arange(45), torch.arange(45)])[None]
+    packed = student(ids.view(1, -1), position_ids=places, use_cache=False).logits
+    assert relative_error(packed.view(2, 45, -1), whole.logits) < 1e-10
+    student.save_pretrained(tmp_path)
+    loaded = exact_norms(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64))
+    assert loaded.config.mixer_options["gains"] and relative_error(loaded(ids).logits, whole.logits) < 1e-6
+    # Alone the window gives what it does without the branch, however little the far side weighs.
+    for _, attention in student.mixer_layers():
+        attention.mixer.gain.fill_(-200.0)
+    with branch_off(student, "linear"):
+        alone = student(ids).logits
+    assert relative_error(student(ids).logits, alone) < 1e-10
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("packed", [False, True])
 def test_bounded_kept_heads_see_their_window_and_the_sinks(packed):

@@ -105,10 +105,11 @@ def test_recorded_steps_give_the_same_tokens(mixer_name, window, recordings):
         torch.testing.assert_close(ours.tensors, theirs.tensors)
 
 
+@pytest.mark.parametrize("gains", [False, True])
 @pytest.mark.parametrize("keep", [None, "0", "heads:0.1,1.2,1.3", "heads:0.1,1.2 in 9"])
-def test_a_static_cache_is_recorded(keep, recordings):
+def test_a_static_cache_is_recorded(keep, gains, recordings):
     """Kept heads and layers too: their keys have a place from the start."""
-    student, ids = student_of("gla", keep=keep), prompt()
+    student, ids = student_of("gla", keep=keep, gains=gains), prompt()
     for mask in (torch.ones_like(ids), PADDED):
         plain = student.generate(ids, attention_mask=mask, disable_compile=True, **GREEDY)
         static = student.generate(ids, attention_mask=mask, cache_implementation="static", **GREEDY)
@@ -345,7 +346,9 @@ def test_the_gpu_follows_the_cpu(mixer_name, dtype, device):
     assert relative_error(torch.cat(logits, 1).cpu(), exact) < tolerance
 
 
-@pytest.mark.parametrize("case", [*MIXER_NAMES, "no window", "graphs of torch.compile", "kept heads", "kept layer"])
+@pytest.mark.parametrize(
+    "case", [*MIXER_NAMES, "weighed", "no window", "graphs of torch.compile", "kept heads", "kept in 9", "kept layer"]
+)
 @pytest.mark.parametrize("device", [pytest.param("gpu", marks=gpu)])
 def test_a_static_cache_on_the_gpu(case, device, monkeypatch):
     """transformers' own compilation, recorded by us or by torch.compile, for one cache and the next."""
@@ -354,8 +357,9 @@ def test_a_static_cache_on_the_gpu(case, device, monkeypatch):
     monkeypatch.setattr(decoding, "record", lambda *arguments: made.append(1) or record(*arguments))
     torch._dynamo.reset()
     mixer = case if case in MIXER_NAMES else "gla"
-    keep = {"kept heads": "heads:0.1,1.2,1.3", "kept layer": "0"}.get(case)
-    student = student_of(mixer, 0 if case == "no window" else 8, keep).cuda()
+    keeps = {"kept heads": "heads:0.1,1.2,1.3", "kept in 9": "heads:0.1,1.2,1.3 in 9", "kept layer": "0"}
+    options = {"gains": True} if case == "weighed" else {}
+    student = student_of(mixer, 0 if case == "no window" else 8, keeps.get(case), **options).cuda()
     ids, mask = prompt().cuda(), PADDED.cuda()
     student.decode_graphs = case != "graphs of torch.compile"
     plain = student.generate(ids, attention_mask=mask, disable_compile=True, **GREEDY)

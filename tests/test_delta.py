@@ -154,7 +154,8 @@ def test_gradients(tokens):
 @torch.no_grad()
 def test_the_mixer_reads_the_state_as_it_was_a_window_ago():
     window, sinks, tokens = 6, 2, 30
-    mixer = GatedDelta(num_heads=4, num_kv_heads=2, head_dim=8, hidden_size=16, window=window, sinks=sinks).double()
+    size = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "hidden_size": 16}
+    mixer = GatedDelta(**size, window=window, sinks=sinks, gains=True).double()
     shake(torch.nn.ModuleDict({"mixer": mixer}))
     q, k, v = (torch.randn(1, tokens, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
     x = torch.randn(1, tokens, 16, dtype=torch.float64)

@@ -41,7 +41,7 @@ def test_an_untrained_student_without_its_linear_branch_is_the_window_alone(mixe
 
 def test_each_variant_is_the_model_with_the_branch_off():
     teacher = other_teacher()
-    student = shake(convert(teacher, "gla", mixer_options={"gains": False}, **KEPT))
+    student = shake(convert(teacher, "gla", **KEPT))
     result = measured(student, teacher)
     assert len({result[name]["kl"] for name in ("linear_off", "window_off", "window_alone")} | {result["kl"]}) == 4
     alone = convert(teacher, "retention", **KEPT)

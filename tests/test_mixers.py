@@ -46,7 +46,7 @@ def test_near_and_far_keys_share_one_denominator(gains):
 
 @torch.no_grad()
 def test_a_decaying_branch_is_normed_and_added():
-    mixer = Retention(num_heads=4, num_kv_heads=2, head_dim=8, window=W, sinks=S, gains=False).double()
+    mixer = Retention(num_heads=4, num_kv_heads=2, head_dim=8, window=W, sinks=S).double()
     shake_parameters(mixer)
     q, k, v, _, wide_v, distance, near, far, scores, features = heads_and_places(mixer)
     log_gamma = -math.log(2) / mixer.log_half_life.exp().repeat_interleave(2)
@@ -60,7 +60,7 @@ def test_a_decaying_branch_is_normed_and_added():
 
 @torch.no_grad()
 def test_a_decaying_branch_weighs_what_its_state_holds():
-    mixer = Retention(num_heads=4, num_kv_heads=2, head_dim=8, window=W, sinks=S).double()
+    mixer = Retention(num_heads=4, num_kv_heads=2, head_dim=8, window=W, sinks=S, gains=True).double()
     shake_parameters(mixer)
     q, k, v, _, wide_v, distance, near, far, scores, features = heads_and_places(mixer)
     log_gamma = -math.log(2) / mixer.log_half_life.exp().repeat_interleave(2)

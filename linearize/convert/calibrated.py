@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..modeling import LinearizeForCausalLM
 from ..surgery.anatomy import read_anatomy
 from ..surgery.keep import as_many, parse_auto
-from ..surgery.student import DEFAULT_SINKS, DEFAULT_WINDOW, student_config
+from ..surgery.student import DEFAULT_SINKS, DEFAULT_WINDOW, calibrated_options, student_config
 from ..surgery.swap import swap
 
 
@@ -68,6 +68,8 @@ def convert(
         tokenizer = tokenizer or load_tokenizer(source)
         model, share_memory = load_model(source), True
     options = calibrate_options or CalibrateOptions(seed=seed)
+    if calibrate_on is not None:
+        mixer_options = calibrated_options(to, mixer_options)
     settings: dict[str, Any] = {
         "window": window,
         "sinks": sinks,

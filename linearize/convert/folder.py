@@ -17,7 +17,7 @@ from ..data import TextSource
 from ..errors import UsageError
 from ..output import check_new, new_folder
 from ..source import ModelSource, commit_of, load_config, load_model, load_tokenizer, parse_device, parse_dtype
-from ..surgery.student import check_mixer
+from ..surgery.student import calibrated_options, check_mixer
 from .calibrated import convert
 from .plan import Plan, describe, plan
 
@@ -68,6 +68,7 @@ def convert_folder(
         config.dtype = chosen
     if calibrate_on is not None:
         TextSource.parse(calibrate_on)  # a file that is not there is said before models are loaded
+        options["mixer_options"] = calibrated_options(to, options.get("mixer_options"))
     planned = plan(config, to, **options)
     if dry_run:
         return planned

@@ -95,7 +95,8 @@ class NormalizedMixer(Mixer):
 
 
 class UnnormalizedMixer(Mixer):
-    """Mixers with a decaying state, whose weights sum to nothing in particular. With a window:
+    """Mixers with a decaying state, whose weights sum to nothing in particular. With a window o = a * window +
+    b * norm(linear), a and b learned a head; or with `gains`, weighed by the far keys' mass:
 
         o = (1 - m) window + m b norm(linear),   m = n e^g / (n e^g + sum_near e^s),   g = c + w . q
 
@@ -104,14 +105,15 @@ class UnnormalizedMixer(Mixer):
     RMS norm over a head's channels with a learned weight, so that a state's size does not matter.
 
     Args:
-        gains: False for two constants a head in place of m: o = a * window + b * norm(linear).
+        gains: weigh the two sides by m. It must start from data, as `convert --calibrate` does: heads' masses lie ten
+            nats and more apart, and from a start that is far off the two constants learn faster.
     """
 
     START_LINEAR: ClassVar[float] = 0.02
     START_GAIN: ClassVar[float] = -6.0
     EPS: ClassVar[float] = 1e-6
 
-    def __init__(self, *, gains: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *, gains: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.norm_weight = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
         self.linear_scale = nn.Parameter(torch.empty(self.num_heads))

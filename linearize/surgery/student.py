@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from ..modeling import MIXERS, SOFTMAX, LinearizeConfig, Mixer
+from ..modeling.joins import UnnormalizedMixer
 from .anatomy import read_anatomy
 from .keep import check_keep_window, kept_heads
 
@@ -38,6 +39,13 @@ def mixer_option_names(to: str) -> dict[str, type]:
                 if parameter.kind is parameter.KEYWORD_ONLY and name not in _OF_THE_ANATOMY:
                     names[name] = type(parameter.default)
     return names
+
+
+def calibrated_options(to: str, mixer_options: dict[str, Any] | None) -> dict[str, Any]:
+    """`mixer_options` of a student that is calibrated: what should start from data alone is on, unless they say no."""
+    mixer = MIXERS.get(to)
+    weighed = mixer is not None and issubclass(mixer, UnnormalizedMixer)
+    return {**({"gains": True} if weighed else {}), **(mixer_options or {})}
 
 
 def student_config(
