@@ -121,6 +121,24 @@ def checkpoint(folder: Path, value: float) -> Path:
     return folder
 
 
+def test_parent_hash_sees_every_tensor(tmp_path):
+    """A stage may train a few numbers among millions."""
+    hashes = set()
+    for change in (None, "first", "last"):
+        tensors = {"first": torch.zeros(3), "large": torch.zeros(1 << 20), "last": torch.zeros(5)}
+        if change is not None:
+            tensors[change] += 1
+        folder = tmp_path / str(change)
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors")
+        hashes.add(provenance.parent_hash(folder))
+    assert len(hashes) == 3
+    for header in (b"[]", b'{"x": 1}', b'{"x": {"data_offsets": [-5, 99999999999999999999999]}}', b"{"):
+        broken = tmp_path / "None" / "model.safetensors"
+        broken.write_bytes(len(header).to_bytes(8, "little") + header + b"data")
+        assert provenance.parent_hash(broken.parent)
+
+
 def test_parent_hash_tells_values_apart(tmp_path):
     one, same, other = (checkpoint(tmp_path / str(i), v) for i, v in enumerate((1.0, 1.0, 2.0)))
     assert provenance.parent_hash(one) == provenance.parent_hash(same)
