@@ -11,3 +11,13 @@ class UsageError(UserError):
     """The call itself is wrong: an unknown mixer, a flag's value out of range. Exit code 2."""
 
     exit_code = 2
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """`error` and what it came from, the first cause last."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return chain

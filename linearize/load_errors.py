@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 import transformers
 
-from .errors import UserError
+from .errors import UserError, causes
 from .output import is_disk_full
 
 
@@ -24,11 +24,7 @@ def said_clearly(doing: str, model: str, revision: str | None = None) -> Iterato
 
 
 def _message(doing: str, model: str, revision: str | None, error: Exception) -> str:
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
+    chain = causes(error)
     kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
     said = str(error)
     if is_disk_full(error):

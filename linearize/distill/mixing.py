@@ -50,8 +50,8 @@ def _before_the_join(mixer: UnnormalizedMixer, seen: list[_Joined]) -> Iterator[
     def join(
         q: Tensor, out: Tensor | None, z: Tensor | None, near: Tensor | None, lse: Tensor | None, far: Tensor | None
     ) -> Tensor:
-        weigh = mixer.weighed and out is not None and lse is not None and far is not None
-        odds = mixer.odds(widened(q), lse, far) if weigh and lse is not None and far is not None else None
+        weighed = mixer.weighed and out is not None
+        odds = mixer.odds(widened(q), lse, far) if weighed and lse is not None and far is not None else None
         seen.append(_Joined(out, near, odds))
         whole = out if out is not None else near
         assert whole is not None

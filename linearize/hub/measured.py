@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..errors import UserError
+from ..json_files import Row, read_lines, read_object
 
-Row = dict[str, Any]
 LOSSES, SCORES, CALIBRATION = "loss.jsonl", "keep_scores.json", "calibration.json"
 # Where `bench -o OUT` or `bench -o OUT/speed` leaves its results.
 BENCH_FOLDERS = ("", "speed/", "bench/")
@@ -44,19 +41,19 @@ def read(name: str, there: Mapping[str, Path]) -> Measured:
     found = Measured()
     for path in sorted(there):
         if path == LOSSES:
-            found.losses = _lines(there[path])
+            found.losses = read_lines(there[path])
         elif path == SCORES:
-            found.scores = _object(there[path])
+            found.scores = read_object(there[path])
         elif path == CALIBRATION:
-            found.calibration = _object(there[path])
+            found.calibration = read_object(there[path])
         elif _EVALUATION.fullmatch(path):
-            judged = _judged(_object(there[path]), name)
+            judged = _judged(read_object(there[path]), name)
             if judged is None:
                 found.refused[path] = "not what `linearize eval` printed about this folder"
                 continue
             found.evaluations[path] = judged
         elif _bench(path):
-            results = _object(there[path])
+            results = read_object(there[path])
             if not _is_bench(results, path):
                 found.refused[path] = "not what `linearize bench` writes"
                 continue
@@ -90,20 +87,3 @@ def _judged(results: Row, name: str) -> Row | None:
     perplexity, recall = results.get("perplexity"), results.get("recall")
     whole = isinstance(perplexity, dict) and isinstance(perplexity.get("student"), int | float)
     return results if whole and isinstance(recall, dict) and "kl" in results else None
-
-
-def _object(path: Path) -> Row:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); repair or remove it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object; repair or remove it")
-    return found
-
-
-def _lines(path: Path) -> list[Row]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not valid JSON lines ({error}); repair or remove it") from error

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import UserError
+from ..errors import UserError, causes
 
 _XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})\b")
 _SETTINGS = "https://huggingface.co/settings/tokens"
@@ -33,11 +33,7 @@ def _end_bars() -> None:
 
 
 def _message(error: Exception, repo: str, endpoint: str) -> str:
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
+    chain = causes(error)
     kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
     status = next((code for link in chain if (code := _status(link)) is not None), None)
     said = next((text for link in chain if (text := getattr(link, "server_message", None))), None) or _first(chain[-1])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from .. import provenance
 from ..errors import UsageError, UserError
+from ..json_files import read_lines, read_object
 from . import pictures
 from .page import Section, page
 
@@ -47,7 +47,8 @@ def report(
     judged = _json(Path(evaluation).expanduser(), named=True) if evaluation is not None else _json(folder / EVALUATION)
     if judged is not None and "perplexity" not in judged:
         raise UserError(f"--evaluation: {evaluation or EVALUATION} is not what `linearize eval MODEL --json` prints")
-    sections = _sections(record, _lines(folder / LOSSES), _json(folder / SCORES), _json(folder / CALIBRATION), judged)
+    losses = read_lines(folder / LOSSES) if (folder / LOSSES).is_file() else []
+    sections = _sections(record, losses, _json(folder / SCORES), _json(folder / CALIBRATION), judged)
     text = page(_title(folder, record), record, sections)
     part = target.with_name(f".{target.name}.part")
     try:
@@ -71,22 +72,7 @@ def _json(path: Path, *, named: bool = False) -> dict[str, Any] | None:
         if named:
             raise UserError(f"--evaluation: there is no file {path}")
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); repair or remove it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object; repair or remove it")
-    return found
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON lines ({error}); repair or remove it") from error
+    return read_object(path)
 
 
 def _sections(
