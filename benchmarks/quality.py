@@ -31,8 +31,10 @@ from linearize.recipes.recipe import load
 
 MIXERS = ("linear", "based", "retention", "gla", "mamba2", "gated_delta")
 Settings = dict[str, Any]
+START = "start"  # the default recipe's conversion, and none of its stages
 # group -> recipe and settings of each student
 STUDENTS: dict[str, list[tuple[str, Settings]]] = {
+    "starts": [(START, {"convert.to": mixer}) for mixer in MIXERS],
     "mixers": [("default", {"convert.to": mixer}) for mixer in MIXERS],
     "no-window": [("default", {"convert.to": mixer, "convert.window": 0, "convert.sinks": 0}) for mixer in MIXERS],
     # The windows alone, trained alike: all of the tokens on logits, as transfer has nothing to teach them.
@@ -68,7 +70,7 @@ def run(words: list[str], log: Path) -> tuple[int, str]:
 
 def at_rate(recipe: str, settings: Settings, factor: float, options: argparse.Namespace) -> Settings:
     """`settings`, and the learning rate of each stage times `factor`."""
-    if factor == 1:
+    if factor == 1 or recipe == START:
         return settings
     stages = load(recipe, settings, dataset=options.train, tokens=options.tokens).stages
     rates = {f"stages.{stage.name}.learning_rate": stage.options.learning_rate * factor for stage in stages}
@@ -84,15 +86,32 @@ def trained(recipe: str, settings: Settings, options: argparse.Namespace) -> tup
     if not done.exists():  # else trained in a run before this one, which was stopped in its evaluation
         model = [options.teacher, *(["--gguf-file", options.gguf_file] if options.gguf_file else [])]
         where = ["--device", options.device] if options.device else []
-        sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        sets += [word for text in options.set for word in ("--set", text)]
-        training = ["--dataset", options.train, "--tokens", str(options.tokens), "--resume", "--json"]
         began = time.monotonic()
-        code, text = run(["run", recipe, *model, "-o", str(out), *training, *sets, *where], log)
+        if recipe == START:
+            code, text = start(settings, model + where, out, options, log)
+        else:
+            sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+            sets += [word for given in options.set for word in ("--set", given)]
+            training = ["--dataset", options.train, "--tokens", str(options.tokens), "--resume", "--json"]
+            code, text = run(["run", recipe, *model, "-o", str(out), *training, *sets, *where], log)
         if code:
             raise RuntimeError(log.read_text().strip().splitlines()[-1])
         done.write_text(json.dumps(json.loads(text) | {"seconds": time.monotonic() - began}))
     return out, json.loads(done.read_text())
+
+
+def start(settings: Settings, model: list[str], out: Path, options: argparse.Namespace, log: Path) -> tuple[int, str]:
+    """The conversion that the default recipe begins with; its exit code, and what `run` would tell of it."""
+    told = settings | dict(text.split("=", 1) for text in options.set)
+    convert = load("default", told, dataset=options.train).convert
+    words = ["--to", convert["to"], "--window", str(convert["window"]), "--sinks", str(convert["sinks"])]
+    for name, value in convert.get("mixer_options", {}).items():
+        words += ["--feature-map", str(value)] if name == "feature_map" else ["--mixer-option", f"{name}={value}"]
+    for name, value in convert.get("calibrate_options", {}).items():
+        words += [f"--calibrate-{name}", str(value)]
+    code, _ = run(["convert", *model, "-o", str(out), "--overwrite", *words, "--calibrate", options.train], log)
+    seen = 0 if code else json.loads((out / "calibration.json").read_text())["tokens"]
+    return code, json.dumps({"recipe": {"convert": convert}, "tokens": seen, "stages": []})
 
 
 _judge: dict[str, Any] = {}  # of a judging process: the teacher, and what is known of it

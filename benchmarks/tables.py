@@ -10,29 +10,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-ORDER = ("linear", "based", "mamba2", "retention", "gla", "gated_delta")
-
-
-def transfer_table(data: dict[str, Any]) -> list[str]:
-    rows = sorted(data["rows"], key=lambda row: (row["variant"] != "default", ORDER.index(row["mixer"])))
-    off = rows[0]["start"]["linear_off"]
-    lines = [
-        "| student | training tokens | perplexity / teacher's | KL, nats a token | recall loss |",
-        "|---|---|---|---|---|",
-        f"| the teacher | | 1 | 0 | {rows[0]['recall_teacher']:.2f} |",
-        f"| window and sink alone | 0 | {off['ppl_ratio']:.2f} | {off['kl']:.3f} | {off['recall']:.2f} |",
-    ]
-    for row in rows:
-        name = f"`{row['mixer']}`" + ("" if row["variant"] == "default" else f", {row['variant']}")
-        tokens = f"{row['tokens'] / 1e6:.1f}M"
-        lines.append(f"| {name} | {tokens} | {row['ppl_ratio']:.2f} | {row['kl']:.3f} | {row['recall']:.2f} |")
-    evaluated = " and ".join(name.removesuffix(".jsonl.gz") for name in data["eval"])
-    lines += [
-        "",
-        f"Measured on {evaluated}, 32 x 1024 tokens each, on one {rows[0]['hardware']}; "
-        "[JSON](benchmarks/results/transfer-smollm2.json), [script](benchmarks/transfer.py).",
-    ]
-    return lines
 
 
 def keep_table(data: dict[str, Any]) -> list[str]:
@@ -58,29 +35,27 @@ def keep_table(data: dict[str, Any]) -> list[str]:
 
 
 def quality_table(data: dict[str, Any]) -> list[str]:
-    """A line a student, the best of its learning rates: ours, then the published recipes, by KL."""
+    """A line a student, the best of its learning rates, by what stays softmax; then the published recipes."""
     best: dict[str, dict[str, Any]] = {}
     for row in data["rows"]:
-        if "error" in row:
+        if "error" in row or row["recipe"] == "start":
             continue
         told = {name: value for name, value in row["settings"].items() if not name.endswith(".learning_rate")}
         name = json.dumps([row["recipe"], told, row["tokens"]], sort_keys=True)
         if name not in best or row["kl"] < best[name]["kl"]:
             best[name] = row
-    rows = sorted(best.values(), key=lambda row: (row["recipe"] != "default", row["kl"]))
-    contexts = [str(found["context"]) for found in rows[0]["retrieval"]]
-    with_answers = any("squad_dev" in row.get("tasks", {}) for row in rows)
+    rows = sorted(best.values(), key=lambda row: (*quality_group(row), row["kl"]))
+    whole = next(row for row in rows if row.get("retrieval") and row.get("tasks"))
+    contexts = [str(found["context"]) for found in whole["retrieval"]]
     lines = [
         "| student | KV bytes | state | tokens | perplexity / teacher's | KL | recall loss | "
-        f"retrieval at {', '.join(contexts)} |" + (" answers |" if with_answers else ""),
-        "|---" * (8 + with_answers) + "|",
+        f"retrieval at {', '.join(contexts)} | answers |",
+        "|---" * 9 + "|",
+        f"| the teacher | 100% | | | 1 | 0 | {whole['recall_teacher']:.2f} | {shares(whole, 'teacher')} | "
+        f"{whole['tasks']['squad_dev']['teacher']:.2f} |",
     ]
-    first = rows[0]
-    lines.append(
-        f"| the teacher | 100% | | | 1 | 0 | {first['recall_teacher']:.2f} | {shares(first, 'teacher')} |"
-        + (f" {first['tasks']['squad_dev']['teacher']:.2f} |" if with_answers else "")
-    )
     for row in rows:
+        answers = row.get("tasks", {}).get("squad_dev")
         cells = [
             student_name(row),
             f"{row['kv_share']:.0%}",
@@ -89,27 +64,38 @@ def quality_table(data: dict[str, Any]) -> list[str]:
             f"{row['ppl_ratio']:.3f}",
             f"{row['kl']:.3f}",
             f"{row['recall']:.2f}",
-            shares(row, "student"),
+            shares(row, "student") if row.get("retrieval") else "-",
+            "-" if answers is None else f"{answers['student']:.2f}",
         ]
-        if with_answers:
-            found = row.get("tasks", {}).get("squad_dev")
-            cells.append("-" if found is None else f"{found['student']:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
+    alone = next(row["window_alone"] for row in rows if row.get("window_alone") and not row["keep_softmax"])
+    figures = f"{alone['ppl_ratio']:.3f} | {alone['kl']:.3f} | {alone['recall']:.2f}"
     lines += [
+        f"| window 64 and a sink alone, untrained | 0% | | 0 | {figures} | - | - |",
         "",
-        f"Each student the best of its learning rates. {installed(data)}, one {data['hardware']}; "
+        f"One {data['hardware']}, {installed(data)}; "
         "[JSON](benchmarks/results/quality-smollm2.json), [script](benchmarks/quality.py).",
     ]
     return lines
+
+
+def quality_group(row: dict[str, Any]) -> tuple[int, int]:
+    """Where a row stands: ours before the published, then a growing cache, a bounded one, none, no window."""
+    kept = 0 if row["kv_share"] else 1 if row["keep_softmax"] else 2 if row["window"] else 4
+    if row["settings"].get("stages.logits.linear_branch") is False:
+        kept = 3
+    return int(row["recipe"] != "default"), kept
 
 
 def student_name(row: dict[str, Any]) -> str:
     """Mixer, window and what is kept, and the recipe where it is not ours."""
     parts = [f"`{row['mixer']}`", f"window {row['window']}" if row["window"] else "no window"]
     if row["settings"].get("stages.logits.linear_branch") is False:
-        parts = [f"window {row['window']} alone"]
+        parts = [f"window {row['window']} alone, trained alike"]
     if row["keep_softmax"]:
-        parts.append(f"`{row['keep_softmax']}`" + (f" of {row['keep_window']} keys" if row.get("keep_window") else ""))
+        parts.append(
+            f"softmax `{row['keep_softmax']}`" + (f" of {row['keep_window']} keys" if row.get("keep_window") else "")
+        )
     return ("" if row["recipe"] == "default" else f"{row['recipe']}: ") + ", ".join(parts)
 
 
@@ -237,7 +223,6 @@ def model_table(data: dict[str, Any]) -> list[str]:
 TABLES = {
     "quality": (quality_table, "quality-smollm2.json"),
     "keep": (keep_table, "keep-scores-smollm2.json"),
-    "transfer": (transfer_table, "transfer-smollm2.json"),
     "lengths": (lengths_table, "lengths-smollm2-cpu.json"),
     "kernels": (kernels_table, "kernels-h200.json"),
     "model": (model_table, "model-h200.json"),

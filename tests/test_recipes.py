@@ -116,7 +116,7 @@ def test_the_papers_proportions(place) -> None:
         for name in NAMES
     }
     assert shares == {
-        "default": [30, 70],
+        "default": [70, 30],
         "halo": [14, 43, 43],
         "liger": [100],
         "lolcats": [50, 50],
@@ -149,10 +149,24 @@ def test_keys_that_differ_by_mixer(two) -> None:
     assert gla.convert == {"to": "gla", "window": 16} and gla.stages[0].options.learning_rate == 5e-3
     told = load(two, ["convert.to=gla", "stages.near.learning_rate=1e-4"], dataset="x", tokens=10**6)
     assert told.stages[0].options.learning_rate == 1e-4
-    for name, rate in (("linear", 1e-2), ("based", 1e-2), ("gla", 3e-3), ("retention", 3e-3)):
-        assert load("default", {"convert.to": name}, dataset="x").stages[0].options.learning_rate == rate
+    assert "mixer_options" not in load("default", dataset="x").convert
+    assert load("default", {"convert.to": "gla"}, dataset="x").convert["mixer_options"] == {"feature_map": "hedgehog"}
     two.write_text(TWO + "per_mixer:\n  gla: {stages.near.learning_rat: 5e-3}\n")
     with pytest.raises(UsageError, match=r"per_mixer.gla stages.near: .*did you mean 'learning_rate'"):
+        load(two, dataset="x", tokens=10**6)
+
+
+def test_keys_that_differ_where_something_stays_softmax(two) -> None:
+    two.write_text(TWO + "with_softmax: {stages.near.learning_rate: 5e-3, stages.far.repeats: 0.75}\n")
+    plain, kept = (load(two, said, dataset="x", tokens=10**6).stages for said in ([], ["convert.keep_softmax=auto:1"]))
+    assert [stage.options.learning_rate for stage in (plain[0], kept[0])] == [1e-2, 5e-3]
+    assert [stage.options.repeats for stage in (plain[1], kept[1])] == [0.5, 0.75]
+    told = load(two, ["stages.far.repeats=0.1", "convert.keep_softmax=auto:1"], dataset="x", tokens=10**6)
+    assert told.stages[1].options.repeats == 0.1
+    for said, repeats in (({}, 0), ({"convert.keep_softmax": "heads:auto:10%"}, 0.25)):
+        assert load("default", said, dataset="x").stages[1].options.repeats == repeats
+    two.write_text(TWO + "with_softmax: {stages.far.repeat: 0.5}\n")  # read also where it does not apply
+    with pytest.raises(UsageError, match=r"with_softmax stages.far: .*did you mean 'repeats'"):
         load(two, dataset="x", tokens=10**6)
 
 

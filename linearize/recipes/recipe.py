@@ -31,6 +31,7 @@ _TOP: dict[str, Any] = {
     "seed": int,
     "stages": list,
     "per_mixer": dict,
+    "with_softmax": dict,
 }
 _CONVERT: dict[str, Any] = {
     "to": str,
@@ -138,16 +139,19 @@ def load(
     chosen = document.settings_of(settings)
     _check_top(raw, where)
     for given, value in chosen:
-        if given == "convert.to":
+        if given in ("convert.to", "convert.keep_softmax"):  # what the recipe's own settings go by
             _set(raw, given, value, "--set")
     to = _mixer(raw, where)
-    for name, overrides in raw.pop("per_mixer", {}).items():
-        _check_mixer(name)
+    cases = {f"per_mixer.{name}": (name == to, told) for name, told in raw.pop("per_mixer", {}).items()}
+    for case in cases:
+        _check_mixer(case.partition(".")[2])
+    cases["with_softmax"] = (bool(raw["convert"].get("keep_softmax")), raw.pop("with_softmax", {}))
+    for case, (applies, overrides) in cases.items():
         if not isinstance(overrides, dict):
-            raise UsageError(f"{where}: per_mixer.{name} must map keys as stages.transfer.learning_rate to values")
-        scratch = raw if name == to else copy.deepcopy(raw)
+            raise UsageError(f"{where}: {case} must map keys as stages.transfer.learning_rate to values")
+        scratch = raw if applies else copy.deepcopy(raw)
         for given, value in overrides.items():
-            _set(scratch, str(given), value, f"{where}, per_mixer.{name}")
+            _set(scratch, str(given), value, f"{where}, {case}")
     for given, value in chosen:
         _set(raw, given, value, "--set")
     if dataset is not None:
@@ -211,7 +215,7 @@ def _stage_keys(kind: str) -> dict[str, Any]:
 def _set(raw: dict[str, Any], path: str, value: Any, where: str) -> None:
     """Puts `value` at a dotted path of the recipe."""
     top, _, rest = path.partition(".")
-    settable = [key for key in _TOP if key not in ("per_mixer", "mixer")]
+    settable = [key for key in _TOP if key not in ("per_mixer", "with_softmax", "mixer")]
     document.check_keys([top], settable, where)
     if top == "convert":
         key, _, inner = rest.partition(".")
