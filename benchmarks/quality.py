@@ -102,7 +102,7 @@ def trained(recipe: str, settings: Settings, options: argparse.Namespace) -> tup
 
 def start(settings: Settings, model: list[str], out: Path, options: argparse.Namespace, log: Path) -> tuple[int, str]:
     """The conversion that the default recipe begins with; its exit code, and what `run` would tell of it."""
-    told = settings | dict(text.split("=", 1) for text in options.set)
+    told = [*(f"{key}={value}" for key, value in settings.items()), *options.set]
     convert = load("default", told, dataset=options.train).convert
     words = ["--to", convert["to"], "--window", str(convert["window"]), "--sinks", str(convert["sinks"])]
     for name, value in convert.get("mixer_options", {}).items():
