@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -96,6 +97,7 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
             "_tied_weights_keys",
             "_no_split_modules",
             "_keep_in_fp32_modules",
+            "_supports_sdpa",
             "base_model_prefix",
         ):
             setattr(self, attribute, getattr(parent_type, attribute, None))
@@ -202,6 +204,9 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
         # transformers hands the modules of a sub-model to the sub-model's own class, which knows no mixers.
         for _, attention in self.mixer_layers():
             attention.mixer.reset_parameters()
+            null = attention.bend(attention.device).null
+            if null is not None:
+                init.zeros_(null)
         super().initialize_weights()
 
     def _init_weights(self, module: nn.Module) -> None:
