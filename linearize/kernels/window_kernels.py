@@ -190,8 +190,9 @@ def forward_kernel(
         k_tile = _rows(k, n, high, k_token * UNIT, BN, K, KP)
         v_tile = _rows(v, n, high, v_token * UNIT, BN, V, VP)
         distance = index[:, None] - (n + tl.arange(0, BN))[None, :]
+        seen = _sees(distance, reach[:, None])
         scores = _bound(dot(q_tile, tl.trans(k_tile), PRECISION) * c, CAP)
-        scores = tl.where(_sees(distance, reach[:, None]), _lean(scores, distance, slope, ALIBI), float("-inf"))
+        scores = tl.where(seen, _lean(scores, distance, slope, ALIBI), float("-inf"))
         top, shift, keep = _raise(top, tl.max(scores, 1))
         p = tl.exp2(scores - shift[:, None])
         total = total * keep + tl.sum(p, 1)
@@ -257,8 +258,8 @@ def query_kernel(
         v_tile = _sinks(v, sink_v, row, group, heads // R, first, keys, v_token * UNIT, s, S, V, VP, GIVEN, used)
         if SP == 1:
             q_wide, dout_wide = q_tile.to(tl.float32), dout_tile.to(tl.float32)
-            distance = index - first - least
             scores = tl.sum(q_wide * k_tile, 1) * c
+            distance = index - first - least
             p = tl.exp2(_lean(_bound(scores, CAP), distance, slope, ALIBI) - own_lse)
             p = tl.where(distance >= window, p, 0.0)
             ds = _unbound(p * (tl.sum(dout_wide * v_tile, 1) - delta), scores, CAP)
@@ -288,8 +289,8 @@ def query_kernel(
         k_tile = _rows(k, n, high, k_token * UNIT, BN, K, KP)
         v_tile = _rows(v, n, high, v_token * UNIT, BN, V, VP)
         distance = index[:, None] - (n + tl.arange(0, BN))[None, :]
-        scores = dot(q_tile, tl.trans(k_tile), PRECISION) * c
         seen = _sees(distance, reach[:, None])
+        scores = dot(q_tile, tl.trans(k_tile), PRECISION) * c
         p = tl.where(seen, tl.exp2(_lean(_bound(scores, CAP), distance, slope, ALIBI) - own_lse[:, None]), 0.0)
         ds = _unbound(p * (dot(dout_tile, tl.trans(v_tile), PRECISION) - delta[:, None]), scores, CAP)
         acc = dot_add(ds.to(k_tile.dtype), k_tile, acc, PRECISION)
@@ -340,11 +341,10 @@ def key_kernel(
         lse = tl.load(saved_at, mask=m + i < high, other=float("inf"))  # no weight after the end
         delta = tl.load(saved_at + half, mask=m + i < high, other=0.0)
         distance = i[None, :] - (key - m - offset)[:, None]
-        scores = dot(k_tile, tl.trans(q_tile), PRECISION) * c
         seen = _sees(distance, reach[:, None])
-        p = tl.where(
-            seen, tl.exp2(_lean(_bound(scores, CAP), distance, _slope(slopes, head, ALIBI), ALIBI) - lse[None, :]), 0.0
-        )
+        scores = dot(k_tile, tl.trans(q_tile), PRECISION) * c
+        slope = _slope(slopes, head, ALIBI)
+        p = tl.where(seen, tl.exp2(_lean(_bound(scores, CAP), distance, slope, ALIBI) - lse[None, :]), 0.0)
         acc_v = dot_add(p.to(dout_tile.dtype), dout_tile, acc_v, PRECISION)
         ds = _unbound(p * (dot(v_tile, tl.trans(dout_tile), PRECISION) - delta[None, :]), scores, CAP)
         acc_k = dot_add(ds.to(q_tile.dtype), q_tile, acc_k, PRECISION)
