@@ -109,7 +109,9 @@ def config_of(name: str) -> PreTrainedConfig:
 def teacher_of(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random teacher whose norms, biases and anything else that starts at nothing are off their starts."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(name), dtype=dtype).eval()
+    config = config_of(name)
+    how = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **how).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for path, parameter in model.named_parameters():

@@ -24,6 +24,7 @@ from linearize.modeling.cache import MixerCacheLayer
 from linearize.modeling.kept import kept_softmax, kept_window
 from linearize.modeling.layout import Layout
 from linearize.modeling.window import attend
+from linearize.source import load_model
 from linearize.surgery.anatomy import read_anatomy
 from linearize.surgery.proof import proven_calls
 
@@ -335,6 +336,20 @@ def test_biases_that_are_not_alibis_are_refused(monkeypatch):
     monkeypatch.setattr(modeling_bloom, "build_alibi_tensor", lambda *args, **kwargs: make(*args, **kwargs) * 1.1)
     with pytest.raises(UserError, match="its alibi is not what ALiBi's slopes make"):
         proven_calls(teacher, anatomies)
+
+
+@torch.no_grad()
+def test_logits_are_bounded_however_the_model_is_loaded(tmp_path):
+    """Teacher and student: older transformers would take sdpa, which leaves the bound out without a word."""
+    teacher, ids = teacher_of("gemma2"), tokens()
+    teacher.save_pretrained(tmp_path / "teacher")
+    convert(teacher, "linear", window=8, keep_softmax="1").save_pretrained(tmp_path / "student")
+    assert torch.equal(load_model(tmp_path / "teacher").eval()(ids).logits, teacher(ids).logits)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert student.model.config._attn_implementation == "eager"
+    teacher.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(UserError, match="sdpa attention, which does not bound its logits"):
+        convert(teacher, "linear")
 
 
 def test_parts_that_do_not_fit_are_refused():

@@ -82,6 +82,8 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
         assert config.parent_config is not None
         if config.parent_config._attn_implementation_internal == PADDING_MASK:  # from a model that was built before
             config.parent_config._attn_implementation_internal = None
+        if asked is None and getattr(config.parent_config, "attn_logit_softcapping", None):
+            asked = config._attn_implementation_internal = "eager"  # sdpa bounds no logits, and older releases take it
         if asked is not None:
             config.parent_config._attn_implementation_internal = config._attn_implementation_internal
         parent = parent_type(config.parent_config)

@@ -59,8 +59,13 @@ def proven_calls(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy]
     positions that the teacher has: some families scale their queries from some position on.
 
     Raises:
-        UserError: as `calls_of` and `prove`.
+        UserError: as `calls_of` and `prove`; the teacher runs an attention that leaves out what bounds its logits.
     """
+    if any(anatomy.logit_cap for anatomy in anatomies) and teacher.config._attn_implementation == "sdpa":
+        raise UserError(
+            f"{type(teacher).__name__} was loaded with sdpa attention, which does not bound its logits as its config "
+            "says: load it with attn_implementation='eager'"
+        )
     start = _last_start(teacher)
     if start:
         prove(teacher, anatomies, calls_of(teacher, anatomies, start))
