@@ -352,6 +352,14 @@ def test_logits_are_bounded_however_the_model_is_loaded(tmp_path):
         convert(teacher, "linear")
 
 
+@pytest.mark.parametrize("name", ["bloom", "falcon+alibi"])
+def test_static_caches_of_whole_layers_under_alibi_are_refused(name):
+    student = convert(teacher_of(name), "linear", window=8, keep_softmax="1")
+    with pytest.raises(ValueError, match="a static cache cannot serve the layers that stayed softmax whole"):
+        student.generate(tokens(1, 8), cache_implementation="static", max_new_tokens=2, disable_compile=True)
+    assert student.generate(tokens(1, 8), max_new_tokens=2, eos_token_id=None).shape == (1, 10)
+
+
 def test_parts_that_do_not_fit_are_refused():
     facts = read_anatomy(teacher_of("bloom"))[0].to_dict()
     with pytest.raises(ValueError, match="3 slopes in alibi do not fit 4 heads"):

@@ -6,6 +6,7 @@ This folder imports torch and transformers alone, because it is copied beside th
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,14 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
         """The teacher class's forward, arguments and all. With a cache, pads must be on the left.
 
         Raises:
-            ValueError: a cache together with packed documents or pads on the right; a 4D mask.
+            ValueError: a cache together with packed documents or pads on the right; a 4D mask; a static cache with
+                whole layers of softmax under ALiBi.
         """
+        if self._has_softmax_under_alibi() and _is_static(past_key_values):
+            raise ValueError(
+                "a static cache cannot serve the layers that stayed softmax whole, whose ALiBi is made for the text so "
+                "far: leave cache_implementation out, or keep heads of layers and none whole"
+            )
         tokens = input_ids if input_ids is not None else inputs_embeds
         length = 0 if tokens is None else tokens.shape[1]
         if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() == 4):
@@ -195,6 +202,11 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
             )
         finally:
             forget_layout()
+
+    def _has_softmax_under_alibi(self) -> bool:
+        whole = len(self.config.swapped()) < len(self.config.layers)
+        family = sys.modules[self._parent_class.__module__]
+        return whole and hasattr(family, "build_alibi_tensor") and bool(getattr(self.config, "alibi", True))
 
     def mixer_layers(self) -> list[tuple[int, LinearizeAttention]]:
         """The swapped attention modules with their layer's index."""
