@@ -243,7 +243,9 @@ def _unrounded(
     Raises:
         ValueError: they are no slope times a place, and not for rounding.
     """
-    alibi = kwargs["alibi"]
+    alibi = kwargs.get("alibi")
+    if not isinstance(alibi, Tensor):
+        raise ValueError("it is given no alibi")
     batch, heads = alibi.numel() // (anatomy.num_heads * alibi.shape[-1]), anatomy.num_heads
     real = layout.real if layout.real is not None else torch.ones(batch, alibi.shape[-1], device=alibi.device)
     place = (real.long().cumsum(1) - 1).clamp(min=0)[:, None, None, :]  # of every key, [B, 1, 1, T]
