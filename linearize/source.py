@@ -112,7 +112,7 @@ def load_model(
     if place.config_file is not None:
         raise UserError(f"{src.model} is a config alone, without weights; give the folder or the Hub id of a model")
     if place.gguf is not None:
-        dense: Any = load_gguf(place.gguf, dtype)
+        dense: Any = bounding(load_gguf(place.gguf, dtype))
         return dense.to(device)
     if base := _adapter_base(src, place):
         return _merge_adapter(load_model(base, dtype=dtype, device=device), place)
@@ -132,7 +132,15 @@ def load_model(
         )
     if place.folder is None:
         model._hub_commit = _cached_commit(src)
-    return model.eval()
+    return bounding(model.eval())
+
+
+def bounding(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with attention that bounds its logits where its config has a bound: older transformers take sdpa for
+    Gemma 2, which leaves the bound out."""
+    if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+    return model
 
 
 def load_student(

@@ -31,8 +31,10 @@ GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 OPT = {name: value for name, value in SIZES.items() if name != "initializer_range"}
 OPT |= {"ffn_dim": 96, "init_std": 0.2}
+BLOOM = {name: value for name, value in SIZES.items() if name != "max_position_embeddings"}
 # Rotary frequencies that follow the text's length.
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}
 LONG |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
 # Ministral 3 scales its queries by position; not with these.
@@ -50,6 +52,7 @@ CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {**USUAL, "head_dim": 16}),
     "qwen3_moe": ("Qwen3MoeConfig", {**USUAL, **QWEN_EXPERTS, "head_dim": 16}),
     "gemma": ("GemmaConfig", {**USUAL, "head_dim": 32}),
+    "gemma2": ("Gemma2Config", {**USUAL, **LOCAL, "head_dim": 16, "attn_logit_softcapping": 5.0}),
     "gemma3_text": ("Gemma3TextConfig", {**USUAL, **LOCAL, "head_dim": 16, "query_pre_attn_scalar": 24}),
     "phi": ("PhiConfig", {**USUAL, "partial_rotary_factor": 0.5}),
     "phi+norms": ("PhiConfig", {**USUAL, "partial_rotary_factor": 0.5, "qk_layernorm": True}),
@@ -63,11 +66,14 @@ CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconConfig", {**SIZES, "num_kv_heads": 2, "new_decoder_architecture": True, "bias": False}),
     "falcon+one": ("FalconConfig", {**SIZES, "multi_query": True, "bias": False}),
     "falcon+each": ("FalconConfig", {**SIZES, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "falcon+alibi": ("FalconConfig", {**SIZES, "alibi": True, "multi_query": False, "bias": True}),
+    "bloom": ("BloomConfig", BLOOM),
     "stablelm": ("StableLmConfig", {**USUAL, "partial_rotary_factor": 0.25, "use_qkv_bias": True}),
     "stablelm+norms": ("StableLmConfig", {**USUAL, "qk_layernorm": True, "use_parallel_residual": True}),
     "olmo2": ("Olmo2Config", USUAL),
     "smollm3": ("SmolLM3Config", {**USUAL, "no_rope_layers": [1, 0]}),
     "granite": ("GraniteConfig", {**USUAL, "attention_multiplier": 0.3, "logits_scaling": 3.0}),
+    "gpt_oss": ("GptOssConfig", {**USUAL, **LOCAL, **EXPERTS, "head_dim": 16, "rope_parameters": YARN}),
     "cohere": ("CohereConfig", USUAL),
     "cohere+norms": ("CohereConfig", {**USUAL, "use_qk_norm": True}),
     "cohere2": ("Cohere2Config", {**USUAL, **LOCAL}),
@@ -83,10 +89,6 @@ UNLISTED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Families that are refused, with what the message names.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "gemma2": ("Gemma2Config", {**USUAL, **LOCAL, "head_dim": 16}, "attn_logit_softcapping 50.0"),
-    "bloom": ("BloomConfig", {"vocab_size": 128, "hidden_size": 64, "n_layer": 2, "n_head": 4}, "ALiBi"),
-    "falcon+alibi": ("FalconConfig", {**SIZES, "alibi": True}, "ALiBi"),
-    "gpt_oss": ("GptOssConfig", {**USUAL, **LOCAL, **EXPERTS, "head_dim": 16}, "attention sinks"),
     "mpt": ("MptConfig", {"vocab_size": 128, "d_model": 64, "n_heads": 4, "n_layers": 2}, "Wqkv (Linear)"),
     "bitnet": ("BitNetConfig", USUAL, "attn_sub_norm"),
     "gpt_neo": (
@@ -107,10 +109,15 @@ def config_of(name: str) -> PreTrainedConfig:
 def teacher_of(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random teacher whose norms, biases and anything else that starts at nothing are off their starts."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(name), dtype=dtype).eval()
+    config = config_of(name)
+    how = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **how).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
-            if "norm" in path or "ln_" in path or path.endswith("bias"):
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
+            if "norm" in path or "ln_" in path or path.endswith(("bias", "sinks")):
+                parameter.add_(
+                    (2.0 if path.endswith("sinks") else 0.3)
+                    * torch.randn(parameter.shape, generator=generator).to(parameter)
+                )
     return model

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from conftest import MIXER_NAMES, tiny_teacher
 from families import CONVERTED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, PreTrainedTokenizerFast, T5Config
+from transformers import AutoModelForCausalLM, BertConfig, MptConfig, PreTrainedTokenizerFast, T5Config
 
 from linearize import __version__, cli
 from linearize.cli import main
@@ -330,7 +330,7 @@ def bad(place) -> Place:
     folder = place.folder
     BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(folder / "bert")
     T5Config().save_pretrained(folder / "t5")
-    BloomConfig(hidden_size=32, n_layer=1, n_head=2).save_pretrained(folder / "bloom")
+    MptConfig(d_model=32, n_layers=1, n_heads=2).save_pretrained(folder / "mpt")
     teacher_at(folder / "deeper", num_hidden_layers=3)
     tiny_teacher(vocab_size=VOCAB + 8).save_pretrained(folder / "wider")
     (folder / "nothing").mkdir()
@@ -395,7 +395,7 @@ GENERATE = "generate {student} hello"
         (1, "convert {notes.md} --to linear -o {out}", "is not a model"),
         (1, "convert {bert} --to linear -o {out}", "'bert' is an encoder; linearize converts decoder-only"),
         (1, "convert {t5} --to linear -o {out}", "'t5' is an encoder-decoder"),
-        (1, "plan {bloom} --to linear", "(BloomAttention) has ALiBi positions, which linearize does not support yet"),
+        (1, "plan {mpt} --to linear", "Wqkv (Linear)"),
         (1, "plan {t5} --to linear", "'t5' is an encoder-decoder"),
         (1, "convert {student} --to linear -o {out}", "already converted"),
         (1, "plan {student} --to linear", "already converted"),

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from conftest import tiny_teacher
 from test_data import write_lines
 from test_evaluate import TEXT
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
+from transformers import AutoModelForCausalLM, MptConfig, MptForCausalLM
 
 from linearize.cli import main
 from linearize.convert import convert, plan
@@ -69,7 +69,7 @@ def test_costs_are_those_of_the_plan(keep):
 def test_costs_of_models_that_are_no_students():
     teacher = tiny_teacher()
     assert costs(teacher).to_dict() == dict(zip(HELD, (512, 512, 1.0, 0), strict=True))
-    foreign = BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=32, n_layer=1, n_head=2))
+    foreign = MptForCausalLM(MptConfig(vocab_size=128, d_model=32, n_layers=1, n_heads=2))
     assert set(costs(foreign).to_dict().values()) == {None}
 
 

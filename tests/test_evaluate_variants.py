@@ -7,7 +7,7 @@ import torch
 from conftest import shake, tiny_teacher
 from test_data import letters
 from test_evaluate import SMALL, TEXT, other_teacher
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import MptConfig, MptForCausalLM
 
 from linearize.convert import convert
 from linearize.evaluate import evaluate
@@ -76,8 +76,8 @@ def test_where_there_is_no_such_variant():
     for model in (teacher, convert(teacher, "linear", window=0), convert(teacher, "linear", keep_softmax=[0, 1])):
         result = measured(model, teacher)
         assert result["linear_off"] is result["window_off"] is result["window_alone"] is None
-    config = BloomConfig(vocab_size=128, hidden_size=32, n_layer=1, n_head=2)
-    foreign = measured(student, BloomForCausalLM(config).eval())
+    config = MptConfig(vocab_size=128, d_model=32, n_layers=1, n_heads=2)
+    foreign = measured(student, MptForCausalLM(config).eval())
     assert foreign["window_alone"] is None and foreign["linear_off"]["kl"] > 0
     assert measured(student, student)["window_alone"] is None  # converted already
     usual = evaluate(student, teacher, tokenizer=letters(), dataset=TEXT, **SMALL)  # the cheapest check by default

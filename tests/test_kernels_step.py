@@ -181,7 +181,7 @@ def test_delta_step():
 
 
 def window_arguments(
-    dtype, *, window=8, sinks=0, places=(0, 21), heads=4, groups=2, dim=16, gates=(), gains=False, horizon=()
+    dtype, *, window=8, sinks=0, places=(0, 21), heads=4, groups=2, dim=16, gates=(), gains=False, horizon=(), bend=()
 ):
     draw = Draw(dtype, 3)
     batch = len(places)
@@ -208,6 +208,12 @@ def window_arguments(
         arguments["gain_k"] = draw(groups, dim, dtype=torch.float32)
     if horizon:
         arguments["log_horizon"] = torch.tensor(horizon, device=DEVICE).log()
+    if "cap" in bend:
+        arguments["cap"] = 1.5
+    if "slopes" in bend:
+        arguments["slopes"] = draw(heads, dtype=torch.float32).abs()
+    if "null" in bend:
+        arguments["null"] = 3 * draw(heads)
     return arguments
 
 
@@ -229,6 +235,8 @@ WINDOW_CASES = [
     {"gates": ("log_decay", "value_scale")},
     {"gates": ("vector",), "heads": 2},
     {"gates": ("log_decay", "beta"), "sinks": 3, "gains": True, "heads": 6},
+    *[{"sinks": 2, "places": (0, 1, 9, 40), "bend": (name,)} for name in ("cap", "slopes", "null")],
+    {"sinks": 1, "places": (0, 9, 40), "gains": True, "dim": 20, "bend": ("cap", "slopes", "null")},
     {"sinks": 1, "gains": True, "horizon": (1.0, 30.0, 4096.0, 1e6), "places": (0, 7, 8, 9, 40, 3000)},
 ]
 

@@ -31,7 +31,22 @@ def leaves_of(draw: Draw, batch=1, tokens=83, keys=None, heads=2, groups=1, k_di
     return leaves
 
 
-def check(dtype=torch.float32, *, window, sinks=1, scale=0.3, bounds=None, position=None, seed=0, **shape):
+SLOPES = (1.0, 0.3, 0.05, 0.004, 0.5, 0.0, 0.2, 0.01)
+
+
+def check(
+    dtype=torch.float32,
+    *,
+    window,
+    sinks=1,
+    scale=0.3,
+    bounds=None,
+    position=None,
+    seed=0,
+    cap=0.0,
+    alibi=False,
+    **shape,
+):
     """Compares everything on fresh inputs; `shape` as in `leaves_of`."""
     draw = Draw(dtype, seed)
     leaves = leaves_of(draw, **shape)
@@ -43,6 +58,8 @@ def check(dtype=torch.float32, *, window, sinks=1, scale=0.3, bounds=None, posit
         "scale": scale,
         "cu_seqlens": None if bounds is None else torch.as_tensor(bounds, device=DEVICE),
         "position": None if position is None else torch.as_tensor(position, device=DEVICE),
+        "cap": cap,
+        "slopes": torch.tensor(SLOPES[:heads], device=DEVICE) if alibi else None,
     }
     empty: list[Tensor] = []
 
@@ -105,6 +122,33 @@ def test_any_scale(scale, poisoned):
 @pytest.mark.parametrize("window", [2, 16])
 def test_packed_documents(bounds, window, poisoned):
     check(window=window, sinks=2, bounds=bounds)
+
+
+BENT = [{"cap": 1.5}, {"cap": 30.0}, {"alibi": True}, {"cap": 2.0, "alibi": True}]
+
+
+@pytest.mark.parametrize("bend", BENT)
+@pytest.mark.parametrize("sinks", [0, 1, 3])
+def test_bent_logits(bend, sinks, poisoned):
+    check(window=20, sinks=sinks, heads=4, groups=2, scale=0.7, **bend)
+
+
+@pytest.mark.parametrize("bend", BENT)
+def test_bent_logits_of_documents_pads_and_pieces(bend, poisoned):
+    check(window=9, sinks=2, bounds=[0, 3, 40, 83], **bend)
+    check(window=9, sinks=2, batch=3, position=[0, -19, -83], **bend)
+    check(window=16, sinks=2, batch=2, tokens=5, keys=21, position=[63, 14], given=2, **bend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sinks", [1, 5])
+def test_bent_logits_in_half_precision(dtype, sinks, poisoned):
+    check(dtype, window=20, sinks=sinks, heads=4, groups=2, cap=2.0, alibi=True)
+
+
+def test_logits_far_above_their_bound(poisoned):
+    """e^(2 s / cap) is beyond any float there."""
+    check(window=20, sinks=2, scale=20.0, cap=1.0)
 
 
 def test_many_packed_documents_of_one_token(poisoned):
@@ -225,6 +269,9 @@ def wrong_arguments():
     yield "window", {"window": 0}
     yield "sinks", {"sinks": -1}
     yield "scale", {"scale": float("inf")}
+    yield "cap", {"cap": -1.0}
+    yield "cap", {"cap": float("nan")}
+    yield "slopes", {"slopes": torch.ones(3)}
     yield "cu_seqlens", {"cu_seqlens": torch.tensor([0, 20])}
     yield "position", {"position": torch.zeros(3, dtype=torch.long)}
     yield "position", {"position": torch.zeros(2)}
@@ -299,6 +346,17 @@ def test_gpu_pads_and_pieces(poisoned):
     check(torch.bfloat16, window=64, sinks=1, position=[900, 64, 30], keys=564, given=1, scale=0.125, **shape)
     shape["tokens"] = 1
     check(torch.bfloat16, window=64, sinks=1, position=[900, 64, 30], keys=65, given=1, scale=0.125, **shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("sinks", [0, 1, 4])
+@pytest.mark.parametrize("bend", BENT)
+def test_gpu_bent_logits(dtype, dim, sinks, bend, poisoned):
+    shape = {"tokens": 600, "heads": 4, "groups": 2, "k_dim": dim}
+    check(dtype, window=100, sinks=sinks, scale=3 * dim**-0.5, **shape, **bend)
+    check(dtype, window=33, sinks=sinks, bounds=[0, 1, 300, 600], scale=dim**-0.5, **shape, **bend)
 
 
 @pytest.mark.gpu

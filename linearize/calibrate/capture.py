@@ -9,15 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from ..modeling import LinearizeAttention
+from ..modeling.bend import STRAIGHT, Bend
 
 
 class Seen(NamedTuple):
-    """One layer on one batch: its input x [B, T, hidden], q [B, T, H, D], k and v [B, T, G, D], rotated."""
+    """One layer on one batch: its input x [B, T, hidden], q [B, T, H, D], k and v [B, T, G, D], rotated, and what its
+    logits are besides scale q.k."""
 
     x: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
+    bend: Bend = STRAIGHT
 
 
 def attentions_of(student: Any) -> dict[int, LinearizeAttention]:
@@ -37,7 +40,7 @@ def watch(
     def hook_for(layer: int, attention: LinearizeAttention) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["hidden_states"]
-            on_layer(layer, Seen(x, *attention.project(x, kwargs.get("position_embeddings"))))
+            on_layer(layer, Seen(x, *attention.project(x, kwargs.get("position_embeddings")), attention.bend(x.device)))
 
         return hook
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..modeling import LinearizeAttention
 from ..modeling.based import Based
+from ..modeling.bend import Bend
 from ..modeling.decay import DecayingMixer
 from ..modeling.feature_maps import Hedgehog
 from ..modeling.gated_delta import GatedDelta
@@ -22,7 +23,7 @@ from ..modeling.joins import NormalizedMixer, UnnormalizedMixer
 from ..modeling.linear import LinearAttention
 from ..surgery.starts import based_projections
 from .capture import Seen
-from .statistics import HeadStatistics, far_from, logits_of
+from .statistics import HeadStatistics, far_from, logits_of, probabilities
 
 TEMPERATURES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 # Channels whose share in the gain is uncertain stay at zero.
@@ -83,6 +84,11 @@ def _mixed(attention: LinearizeAttention, seen: Seen) -> tuple[Tensor, Tensor, T
     return seen.q[:, :, heads_of(attention)], k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
 
 
+def _bend(attention: LinearizeAttention, seen: Seen) -> Bend:
+    """That of the mixer's own heads."""
+    return seen.bend.of(torch.tensor(heads_of(attention), device=seen.q.device))
+
+
 def _weights(mixer: NormalizedMixer, q: Tensor, k: Tensor) -> Callable[[int], Tensor]:
     """The linear branch's weights of row b, [H', T, T], before gains."""
     repeat = mixer.num_heads // mixer.num_states
@@ -104,7 +110,7 @@ def _weights(mixer: NormalizedMixer, q: Tensor, k: Tensor) -> Callable[[int], Te
 def _far_logits(attention: LinearizeAttention, seen: Seen, b: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of row b and the mixer's heads: all logits [H', T, T], those of far keys, -inf elsewhere, and which are far."""
     mixer = attention.mixer
-    scores = logits_of(attention.anatomy, seen.q[b], seen.k[b])[heads_of(attention)]
+    scores = logits_of(attention.anatomy, seen, b)[heads_of(attention)]
     far = far_from(scores.shape[-1], mixer.window, mixer.sinks, scores.device) & scores.isfinite()
     return scores, scores.masked_fill(~far, float("-inf")), far
 
@@ -129,8 +135,8 @@ def _fit_temperature(attention: LinearizeAttention, mixer: NormalizedMixer, seen
         weights = _weights(mixer, q, k)
         total = torch.zeros(mixer.num_heads, device=q.device)
         for b in range(len(q)):
-            scores, _, far = _far_logits(attention, seen, b)
-            p = scores.softmax(-1) * far
+            far = _far_logits(attention, seen, b)[2]
+            p = probabilities(attention.anatomy, seen, b)[heads_of(attention)] * far
             w = (weights(b) * far).clamp(min=0)
             log = (w.clamp(min=1e-20)).log() - w.sum(-1, keepdim=True).clamp(min=1e-20).log()
             total -= (p * log).sum((1, 2))
@@ -159,6 +165,7 @@ def _fit_gain(attention: LinearizeAttention, mixer: NormalizedMixer | Unnormaliz
     assert mixer.gain is not None
     q, k, _ = _mixed(attention, seen)
     masses = _masses(mixer, q, k)
+    bend = _bend(attention, seen)
     size = mixer.head_dim + 1 if mixer.gain_q is not None else 1
     normal = torch.zeros(mixer.num_heads, size, size, dtype=torch.float64, device=q.device)
     right = torch.zeros(mixer.num_heads, size, dtype=torch.float64, device=q.device)
@@ -166,7 +173,10 @@ def _fit_gain(attention: LinearizeAttention, mixer: NormalizedMixer | Unnormaliz
         scores, far_scores, far = _far_logits(attention, seen, b)
         mass = far_scores.logsumexp(-1)  # [H', T]
         found = masses(b, far)
-        share = (mass - scores.logsumexp(-1)).exp()
+        total = scores.logsumexp(-1)
+        if bend.null is not None:
+            total = torch.logaddexp(total, bend.null.to(total.dtype)[:, None])
+        share = (mass - total).exp()
         use = far.any(-1) & (found > 1e-20) & mass.isfinite()
         weight = torch.where(use, share * (1 - share) + 1e-4, 0.0).double()
         target = torch.where(use, mass - found.clamp(min=1e-20).log(), 0.0).double()
@@ -188,11 +198,11 @@ def _fit_scales(attention: LinearizeAttention, mixer: UnnormalizedMixer, seen: S
     """The scales of the branches that are added, least squares on the teacher's output, a head at a time: b of the
     linear one, and a of the window where the far mass does not weigh it."""
     q, k, v = _mixed(attention, seen)
-    target = _teacher_output(attention, seen)
-    whole = mixer(q, k, v, seen.x).float()
+    target, bend = _teacher_output(attention, seen), _bend(attention, seen)
+    whole = mixer(q, k, v, seen.x, bend=bend).float()
     kept = mixer.linear_scale.clone()
     mixer.linear_scale.zero_()
-    rest = mixer(q, k, v, seen.x).float() if mixer.window else torch.zeros_like(whole)
+    rest = mixer(q, k, v, seen.x, bend=bend).float() if mixer.window else torch.zeros_like(whole)
     mixer.linear_scale.copy_(kept)
     parts = [whole - rest]
     if mixer.window_scale is not None:
@@ -213,7 +223,7 @@ def _teacher_output(attention: LinearizeAttention, seen: Seen) -> Tensor:
     """The teacher's output of the mixer's heads, [B, T, H', V] in fp32."""
     heads, size = heads_of(attention), attention.anatomy.group_size
     rows = []
-    for q, k, v in zip(seen.q, seen.k, seen.v, strict=True):
-        p = logits_of(attention.anatomy, q, k).softmax(-1)
+    for b, v in enumerate(seen.v):
+        p = probabilities(attention.anatomy, seen, b)
         rows.append(torch.einsum("hij,jhv->ihv", p, v.float().repeat_interleave(size, dim=1)))
     return torch.stack(rows)[:, :, heads]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distill.layer_pass import Call, attention_pairs, meet_layers
+from ..distill.layer_pass import Call, attention_pairs, meet_layers, without_residual
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ def fidelity(student: Any, teacher: Any, batches: Sequence[Tensor]) -> dict[int,
     sums = {layer: torch.zeros(4, dtype=torch.float64) for layer in pairs}
 
     def meet(layer: int, attention: nn.Module, call: Call, output: Any) -> None:
-        target = (output[0] if isinstance(output, tuple) else output).float()
-        args, kwargs = call
+        (args, kwargs), target = without_residual(attention, call, output)
+        target = target.float()
         found = attention(*args, **kwargs)[0].float()
         products = (found * target, found * found, target * target, (found - target).square())
         sums[layer] += torch.stack([product.double().sum() for product in products]).cpu()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..modeling.bend import STRAIGHT, Bend, bend_logits, softmax_of
+from ..modeling.reference import widen
 from ..surgery.swap import swap
 
 
@@ -26,7 +28,9 @@ class Restored(nn.Module):
         self.gate = nn.Parameter(torch.zeros(num_heads))
         self.scale, self.window, self.sinks, self.local = scale, window, sinks, local
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None = None, bend: Bend = STRAIGHT, **kwargs: Any
+    ) -> Tensor:
         """q [B, T, H, D], k and v [B, T, G, D] to [B, T, H, D]; one document a row."""
         tokens = q.shape[1]
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
@@ -36,12 +40,23 @@ class Restored(nn.Module):
         near_mask = whole_mask & ((behind < self.window) | (place < self.sinks))
 
         def attend(mask: Tensor) -> Tensor:
+            if not bend.straight:
+                return _attend(q, k, v, mask, self.scale, behind, bend)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True)
 
         gate = self.gate.to(q.dtype)[:, None, None]
         near = attend(near_mask)
         out = near + gate * (attend(whole_mask) - near)
         return out.transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, behind: Tensor, bend: Bend) -> Tensor:
+    """Softmax of bent logits: q [B, H, T, D] over the keys [B, G, T, D] that `mask` [T, T] shows, at distance
+    `behind`."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    slopes, null = (None if each is None else each[:, None, None] for each in bend[1:])
+    scores = bend_logits(widen(q @ k.mT) * scale, bend.cap, slopes, behind)
+    return softmax_of(scores.masked_fill(~mask, float("-inf")), null).to(v.dtype) @ v
 
 
 def probe_of(teacher: Any, *, window: int, sinks: int) -> Any:

@@ -24,6 +24,7 @@ from ..errors import UsageError
 from ..surgery.keep import Wanted, heads_text
 from .capture import attentions_of, watch
 from .probe import probe_of
+from .statistics import probabilities
 
 METHODS = ("gradient", "induction")
 # Points of the way from the window alone to the teacher: the fall is steepest at its beginning.
@@ -118,14 +119,9 @@ def _induction(teacher: Any, probe: Any, passages: Tensor) -> Tensor:
     length = passages.shape[1]
     sums: dict[int, Tensor] = {}
     row = torch.arange(length, 2 * length, device=passages.device)
-    later = torch.arange(2 * length, device=passages.device)[None, :] > row[:, None]
 
     def add(layer: int, seen: Any) -> None:
-        anatomy = attentions[layer].anatomy
-        q = seen.q[0, length:].float()
-        k = seen.k[0].float().repeat_interleave(anatomy.group_size, dim=1)
-        logits = torch.einsum("ihd,jhd->hij", q, k) * anatomy.scale
-        p = logits.masked_fill(later, float("-inf")).softmax(-1)
+        p = probabilities(attentions[layer].anatomy, seen, 0)[:, length:]
         found = p[:, row - length, row - length + 1].mean(-1)
         sums[layer] = sums[layer] + found if layer in sums else found
 

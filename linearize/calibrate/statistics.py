@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..modeling import AttentionAnatomy
+from ..modeling.bend import bend_logits, softmax_of
 from .capture import Seen
 
 
@@ -28,11 +29,21 @@ def far_from(tokens: int, window: int, sinks: int, device: torch.device) -> Tens
     return (place[:, None] - place[None, :] >= max(window, 0)) & (place[None, :] >= sinks)
 
 
-def logits_of(anatomy: AttentionAnatomy, q: Tensor, k: Tensor) -> Tensor:
-    """Masked logits [H, T, T] in fp32 of one row, q [T, H, D] and k [T, G, D]."""
+def logits_of(anatomy: AttentionAnatomy, seen: Seen, b: int) -> Tensor:
+    """Masked logits [H, T, T] in fp32 of row b."""
+    q, k, bend = seen.q[b], seen.k[b], seen.bend
     k = k.repeat_interleave(anatomy.group_size, dim=1)
     scores = torch.einsum("ihd,jhd->hij", q.float(), k.float()) * anatomy.scale
+    place = torch.arange(len(q), device=q.device)
+    slopes = None if bend.slopes is None else bend.slopes[:, None, None]
+    scores = bend_logits(scores, bend.cap, slopes, place[:, None] - place)
     return scores.masked_fill(~causal(q.shape[0], anatomy.window, q.device), float("-inf"))
+
+
+def probabilities(anatomy: AttentionAnatomy, seen: Seen, b: int) -> Tensor:
+    """The teacher's attention [H, T, T] in fp32 of row b; a null logit takes its part of the sum of 1."""
+    null = seen.bend.null
+    return softmax_of(logits_of(anatomy, seen, b), None if null is None else null[:, None, None])
 
 
 @dataclass
@@ -69,9 +80,9 @@ class StatisticsOf:
 
     def add(self, seen: Seen) -> None:
         """One batch."""
-        for q, k in zip(seen.q, seen.k, strict=True):
+        for b, (q, k) in enumerate(zip(seen.q, seen.k, strict=True)):
             tokens = q.shape[0]
-            p = logits_of(self.anatomy, q, k).softmax(-1)
+            p = probabilities(self.anatomy, seen, b)
             place = torch.arange(tokens, device=q.device, dtype=p.dtype)
             behind = (place[:, None] - place).clamp(min=0)
             far = p * far_from(tokens, self.window, self.sinks, q.device)

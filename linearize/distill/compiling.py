@@ -26,6 +26,7 @@ def attentions(student: Any) -> list[Any]:
     found = []
     for _, attention in student.mixer_layers():
         attention.routes(attention.device)
+        attention.bend(attention.device)
         found.append(attention)
     return found
 

@@ -45,6 +45,17 @@ def attention_pairs(student: Any, teacher: Any) -> dict[int, Pair]:
     return pairs
 
 
+def without_residual(attention: nn.Module, call: Call, output: Any) -> tuple[Call, Tensor]:
+    """The call for the student's attention module, and what the teacher's gave, both without the residual that some
+    families' attention adds: beside it every error looks small."""
+    (args, kwargs), target = call, output[0] if isinstance(output, tuple) else output
+    anatomy: Any = attention.anatomy
+    if not anatomy.adds_residual:
+        return call, target
+    residual = args[1] if len(args) > 1 else kwargs["residual"]
+    return (args[:1], {**kwargs, "residual": None}), target - residual
+
+
 def attention_loss(
     attention: nn.Module,
     args: tuple[Any, ...],
@@ -55,7 +66,7 @@ def attention_loss(
     kind: str = "relative",
 ) -> Tensor:
     """The error of the student's attention module on its teacher's input and `output`."""
-    target = output[0] if isinstance(output, tuple) else output
+    (args, kwargs), target = without_residual(attention, (args, kwargs), output)
     result = attention(*args, **kwargs)[0]
     # a backward pass under autocast would run its fp32 products in bf16
     with autocast(False):

@@ -88,7 +88,7 @@ def mixing_matrix(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
             attention(*args, **kwargs)
     finally:
         handle.remove()
-    (q, k, v, x), layout = calls[0][0], calls[0][1]["layout"]
+    (q, k, v, x), layout, bend = calls[0][0], calls[0][1]["layout"], calls[0][1]["bend"]
     q, k, x = widened(q), widened(k), widened(x)
     batch, tokens, groups, dim = v.shape
     blocks = -(-tokens // dim)
@@ -103,9 +103,9 @@ def mixing_matrix(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return weights.permute(1, 3, 2, 0, 4).flatten(3)[..., :tokens]
 
     if not by_parts:
-        return matrix(mixer(q, k, columns, x, layout=layout))
+        return matrix(mixer(q, k, columns, x, layout=layout, bend=bend))
     with _before_the_join(mixer, joined):
-        mixer(q, k, columns, x, layout=layout)
+        mixer(q, k, columns, x, layout=layout, bend=bend)
     (values, _, odds), (linear, near, _) = joined
 
     def of_queries(weights: Tensor) -> Tensor:  # to [B, H, T, 1]

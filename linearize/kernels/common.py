@@ -245,6 +245,18 @@ def check_bounds(cu_seqlens: Tensor | None, q: Tensor) -> Tensor | None:
     return cu_seqlens.contiguous()
 
 
+def check_bend(cap: float, slopes: Tensor | None, q: Tensor) -> Tensor | None:
+    """`slopes` [H] in fp32, contiguous, for q [..., H, K].
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if not 0 <= cap < math.inf:
+        raise ValueError(f"cap must be at least 0 and finite, got {cap}")
+    check_shape("slopes", slopes, (q.shape[-2],), q)
+    return None if slopes is None else slopes.to(torch.float32).contiguous()
+
+
 def check_scale(scale: float) -> None:
     """Raises ValueError for a scale that is no finite number."""
     if not math.isfinite(scale):

@@ -15,10 +15,20 @@ from torch import Tensor
 from linearize.modeling.join_reference import HIDDEN
 from linearize.modeling.step_reference import KEY_GAIN_LIMIT, WindowStep
 
-from .common import check_scale, check_shape, on_device, opaque, power_of_2
+from .common import check_bend, check_scale, check_shape, on_device, opaque, power_of_2
 from .step import check_place, check_state, check_token
 
 _LIMIT, _HIDDEN = tl.constexpr(KEY_GAIN_LIMIT), tl.constexpr(HIDDEN)
+
+
+@triton.jit
+def _bound(score, CAP: tl.constexpr):
+    """Logits bounded by CAP, where it is not 0: CAP tanh(s / CAP)."""
+    if CAP > 0:
+        e = tl.exp(-tl.abs(score) * (2.0 / CAP))
+        tanh = (1.0 - e) / (1.0 + e)
+        score = tl.where(score < 0, -tanh, tanh) * CAP
+    return score
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -41,6 +51,8 @@ def _window_step_kernel(
     gain_q_ptr,
     gain_k_ptr,
     log_horizon_ptr,
+    slopes_ptr,
+    null_ptr,
     near_ptr,
     lse_ptr,
     late_k_ptr,
@@ -67,6 +79,9 @@ def _window_step_kernel(
     GAIN_Q: tl.constexpr,
     GAIN_K: tl.constexpr,
     HORIZON: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    NULL: tl.constexpr,
 ):
     """A program: one query head. The token's slot is left out of the ring for all, and written by the group's first."""
     pid = tl.program_id(0).to(tl.int64)  # batch * H + head
@@ -84,7 +99,8 @@ def _window_step_kernel(
     new_v = tl.load(v_ptr + head * D + d, mask=inside, other=0.0)
 
     # Its own key comes first, so that no row is ever empty.
-    top = tl.sum(q * new_k.to(tl.float32), 0)
+    top = _bound(tl.sum(q * new_k.to(tl.float32), 0), CAP)
+    slope = tl.load(slopes_ptr + h) if ALIBI else 0.0
     total = top * 0 + 1.0
     acc = new_v.to(tl.float32)
     for start in range(0, W, BW):
@@ -96,7 +112,10 @@ def _window_step_kernel(
         mask = visible[:, None] & inside[None, :]
         keys = tl.load(window_k_ptr + at, mask=mask, other=0.0).to(tl.float32)
         values = tl.load(window_v_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        scores = tl.where(visible, tl.sum(keys * q[None, :], 1), float("-inf"))
+        scores = _bound(tl.sum(keys * q[None, :], 1), CAP)
+        if ALIBI:
+            scores -= behind.to(tl.float32) * slope
+        scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 0))
         fade = tl.exp(top - higher)
         weights = tl.exp(scores - higher)
@@ -110,12 +129,22 @@ def _window_step_kernel(
         mask = visible[:, None] & inside[None, :]
         keys = tl.load(sink_k_ptr + at, mask=mask, other=0.0).to(tl.float32)
         values = tl.load(sink_v_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        scores = tl.where(visible, tl.sum(keys * q[None, :], 1), float("-inf"))
+        scores = _bound(tl.sum(keys * q[None, :], 1), CAP)
+        if ALIBI:
+            scores -= (place - s).to(tl.float32) * slope
+        scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 0))
         fade = tl.exp(top - higher)
         weights = tl.exp(scores - higher)
         total = total * fade + tl.sum(weights, 0)
         acc = acc * fade + tl.sum(weights[:, None] * values, 0)
+        top = higher
+    if NULL:
+        null = tl.load(null_ptr + h).to(tl.float32)
+        higher = tl.maximum(top, null)
+        fade = tl.exp(top - higher)
+        total = total * fade + tl.exp(null - higher)
+        acc *= fade
         top = higher
     tl.store(near_ptr + pid * D + d, acc / total, mask=inside)
     lse = top + tl.log(total)
@@ -187,7 +216,10 @@ def _window_outputs(
     gain_q: Tensor | None,
     gain_k: Tensor | None,
     log_horizon: Tensor | None,
+    slopes: Tensor | None,
+    null: Tensor | None,
     scale: float,
+    cap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, heads, dim = q.shape
     groups = k.shape[1]
@@ -232,11 +264,14 @@ def _window_step(
     gain_q: Tensor | None,
     gain_k: Tensor | None,
     log_horizon: Tensor | None,
+    slopes: Tensor | None,
+    null: Tensor | None,
     scale: float,
+    cap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs = _window_outputs(
         q, k, v, window_k, window_v, place, sink_k, sink_v, log_decay, window_decay, value_scale, window_scale,
-        beta, window_beta, gain, gain_q, gain_k, log_horizon, scale,
+        beta, window_beta, gain, gain_q, gain_k, log_horizon, slopes, null, scale, cap,
     )  # fmt: skip
     batch, heads, dim = q.shape
     groups, window = k.shape[1], window_k.shape[1]
@@ -267,6 +302,8 @@ def _window_step(
             flat(gain_q),
             flat(gain_k),
             flat(log_horizon),
+            slopes,
+            flat(null),
             *outputs,
             scale,
             groups,
@@ -286,6 +323,9 @@ def _window_step(
             GAIN_Q=gain_q is not None,
             GAIN_K=gain_k is not None,
             HORIZON=log_horizon is not None,
+            CAP=cap,
+            ALIBI=slopes is not None,
+            NULL=null is not None,
             num_warps=4,
             num_stages=1,
         )
@@ -313,6 +353,9 @@ def window_step(
     gain_q: Tensor | None = None,
     gain_k: Tensor | None = None,
     log_horizon: Tensor | None = None,
+    cap: float = 0.0,
+    slopes: Tensor | None = None,
+    null: Tensor | None = None,
 ) -> WindowStep:
     """See `modeling.step_reference.window_step`.
 
@@ -351,10 +394,12 @@ def window_step(
     check_shape("gain_q", gain_q, (heads, dim), q)
     check_shape("gain_k", gain_k, (groups, dim), q)
     check_shape("log_horizon", log_horizon, (heads,), q)
+    check_shape("null", null, (heads,), q)
+    slopes = check_bend(cap, slopes, q)
     check_place("place", place, batch, q)
     near, lse, late_k, late_v, weight, late_decay, late_scale, late_beta = _window_step(
         q, k, v, window_k, window_v, place, sink_k, sink_v, log_decay, window_decay, value_scale, window_scale,
-        beta, window_beta, gain, gain_q, gain_k, log_horizon, scale,
+        beta, window_beta, gain, gain_q, gain_k, log_horizon, slopes, null, scale, cap,
     )  # fmt: skip
     return WindowStep(
         near,

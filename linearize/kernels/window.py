@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .common import (
+    check_bend,
     check_bounds,
     check_heads,
     check_scale,
@@ -82,8 +83,9 @@ def _blocks(tokens: int, size: int, batch: int, bounds: Tensor | None) -> int:
 
 
 def _shared(
-    q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, bounds: Tensor | None, window: int, scale: float
-) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, bounds: Tensor | None, slopes: Tensor | None,
+    window: int, scale: float, cap: float,
+) -> tuple[tuple[int, ...], tuple[Any, ...]]:  # fmt: skip
     """Numbers and first constants of all kernels of a call."""
     documents = q.shape[0] if bounds is None else bounds.shape[0] - 1
     # A single row's stride grows with the length and is never used: 0.
@@ -93,34 +95,35 @@ def _shared(
     bits = struct.unpack("<i", struct.pack("<f", scale))[0]  # a number is whole
     numbers = (*(x // unit for x in strides), documents, q.shape[1], k.shape[1], q.shape[2], window, bits)
     widths = (q.shape[3], v.shape[3], power_of_2(q.shape[3]), power_of_2(v.shape[3]))
-    shared = (q.shape[2] // k.shape[2], *widths, unit, bounds is not None, position is not None, precision(v.dtype))
-    return numbers, shared
+    bent = (cap, slopes is not None)
+    placed = (bounds is not None, position is not None)
+    return numbers, (q.shape[2] // k.shape[2], *widths, unit, *placed, *bent, precision(v.dtype))
 
 
-def _fake_forward(q, k, v, sink_k, sink_v, position, bounds, window, sinks, scale):
+def _fake_forward(q, k, v, sink_k, sink_v, position, bounds, slopes, window, sinks, scale, cap):
     return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @opaque("window_forward", _fake_forward)
 def _window_forward(
     q: Tensor, k: Tensor, v: Tensor, sink_k: Tensor | None, sink_v: Tensor | None, position: Tensor | None,
-    bounds: Tensor | None, window: int, sinks: int, scale: float,
+    bounds: Tensor | None, slopes: Tensor | None, window: int, sinks: int, scale: float, cap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, queries, heads = q.shape[:3]
     out = torch.empty(batch, queries, heads, v.shape[3], dtype=v.dtype, device=v.device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)
-    numbers, shared = _shared(q, k, v, position, bounds, window, scale)
+    numbers, shared = _shared(q, k, v, position, bounds, slopes, window, scale, cap)
     tile = _tile("forward", q, v)
     programs = _blocks(queries, tile.queries, batch, bounds) * heads
     if out.numel():
         with on_device(q):
-            tensors = (q, k, v, sink_k, sink_v, position, bounds, out, lse)
+            tensors = (q, k, v, sink_k, sink_v, position, bounds, slopes, out, lse)
             constants = (*shared, tile.queries, tile.keys, sinks, 16, sink_k is not None)
             launch(forward_kernel, programs, tensors, numbers, constants, tile.warps, tile.stages)
     return out, lse
 
 
-def _fake_backward(q, k, v, sink_k, sink_v, position, bounds, out, lse, dout, dlse, window, sinks, scale):
+def _fake_backward(q, k, v, sink_k, sink_v, position, bounds, slopes, out, lse, dout, dlse, *numbers):
     given = [] if sink_k is None else [torch.empty_like(sink_k), torch.empty_like(sink_v)]
     return [x.new_empty(x.shape) for x in (q, k, v)] + given
 
@@ -128,8 +131,8 @@ def _fake_backward(q, k, v, sink_k, sink_v, position, bounds, out, lse, dout, dl
 @opaque("window_backward", _fake_backward)
 def _window_backward(
     q: Tensor, k: Tensor, v: Tensor, sink_k: Tensor | None, sink_v: Tensor | None, position: Tensor | None,
-    bounds: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-    window: int, sinks: int, scale: float,
+    bounds: Tensor | None, slopes: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+    window: int, sinks: int, scale: float, cap: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, and of the sinks where they are given."""
     given = [x for x in (sink_k, sink_v) if x is not None]
@@ -139,7 +142,7 @@ def _window_backward(
     groups = k.shape[2]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=q.device) for x in (q, k, v))
     sink_grads = [torch.empty_like(x) for x in given]
-    numbers, shared = _shared(q, k, v, position, bounds, window, scale)
+    numbers, shared = _shared(q, k, v, position, bounds, slopes, window, scale, cap)
     tile, key_tile = _tile("query", q, v), _tile("key", q, v)
     blocks = _blocks(queries, tile.queries, batch, bounds)
     saved = torch.empty(2, batch, heads, queries, dtype=torch.float32, device=q.device)
@@ -147,11 +150,11 @@ def _window_backward(
     tensors: tuple[Tensor | None, ...]
     constants: tuple[Any, ...]
     with on_device(q):
-        tensors = (q, k, v, sink_k, sink_v, position, bounds, out, lse, dout, dlse, dq, saved, part_k, part_v)
+        tensors = (q, k, v, sink_k, sink_v, position, bounds, slopes, out, lse, dout, dlse, dq, saved, part_k, part_v)
         several = SINKS[v.element_size()]
         constants = (*shared, tile.queries, tile.keys, sinks, several, sink_k is not None, dlse is not None)
         launch(query_kernel, blocks * heads, tensors, numbers, constants, tile.warps, tile.stages)
-        tensors = (q, k, v, position, bounds, dout, saved, dk, dv)
+        tensors = (q, k, v, position, bounds, slopes, dout, saved, dk, dv)
         programs = _blocks(k.shape[1], key_tile.keys, batch, bounds) * groups
         constants = (*shared, key_tile.queries, key_tile.keys)
         launch(key_kernel, programs, tensors, numbers, constants, key_tile.warps, key_tile.stages)
@@ -166,10 +169,10 @@ def _window_backward(
 
 class _Window(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sink_k, sink_v, position, bounds, window, sinks, scale):
-        out, lse = _window_forward(q, k, v, sink_k, sink_v, position, bounds, window, sinks, scale)
-        ctx.save_for_backward(q, k, v, sink_k, sink_v, position, bounds, out, lse)
-        ctx.options = window, sinks, scale
+    def forward(ctx, q, k, v, sink_k, sink_v, position, bounds, slopes, window, sinks, scale, cap):
+        out, lse = _window_forward(q, k, v, sink_k, sink_v, position, bounds, slopes, window, sinks, scale, cap)
+        ctx.save_for_backward(q, k, v, sink_k, sink_v, position, bounds, slopes, out, lse)
+        ctx.options = window, sinks, scale, cap
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -181,7 +184,7 @@ class _Window(torch.autograd.Function):
         dlse = None if dlse is None else dlse.contiguous()
         grads = _window_backward(*inputs, out, lse, dout, dlse, *ctx.options)
         sink_grads = grads[3:] or (None, None)
-        return (*grads[:3], *sink_grads, None, None, None, None, None)
+        return (*grads[:3], *sink_grads, *[None] * 7)
 
 
 def window_attention(
@@ -196,6 +199,8 @@ def window_attention(
     sink_k: Tensor | None = None,
     sink_v: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cap: float = 0.0,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the last `window` keys (the token's own among them) and the document's first `sinks` keys.
 
@@ -206,9 +211,11 @@ def window_attention(
             at places below 0 do not exist. None: the first key starts the document.
         sink_k, sink_v: [B, S, G, K or V], for a piece whose document began before it; None takes them from k and v.
         cu_seqlens: [N + 1] bounds of documents in a flattened batch of 1 (then Tk = Tq, no `position`, no `sink_k`).
+        cap, slopes: of `modeling.bend.Bend`, the logits' bound (0: none) and [H] what a token of distance takes off
+            them; constants, without a gradient.
 
     Returns:
-        Output [B, Tq, H, V] in v's dtype and log-sum-exp of the scaled scores [B, Tq, H], fp32; gradients flow into
+        Output [B, Tq, H, V] in v's dtype and log-sum-exp of the logits [B, Tq, H], fp32; gradients flow into
         both. A query without any key gives 0 and -inf.
 
     Raises:
@@ -216,6 +223,7 @@ def window_attention(
     """
     check_heads(q, k, v, same_length=False)
     check_scale(scale)
+    slopes = check_bend(cap, slopes, q)
     cu_seqlens = check_bounds(cu_seqlens, q)
     batch, keys, groups = k.shape[:3]
     if keys < q.shape[1]:
@@ -247,4 +255,5 @@ def window_attention(
     q, k, v = (x.to(v.dtype) if x.stride(3) == 1 else x.to(v.dtype).contiguous() for x in (q, k, v))
     # Longer than any document, and sums of places and windows stay within 32 bits.
     window = min(window, 1 << 30)
-    return _Window.apply(q, k, v, sink_k, sink_v, position, cu_seqlens, window, sinks, float(scale))
+    numbers = window, sinks, float(scale), float(cap)
+    return _Window.apply(q, k, v, sink_k, sink_v, position, cu_seqlens, slopes, *numbers)

@@ -6,6 +6,7 @@ over the blocks in reach; `sinks_kernel` takes one document and key head.
     q [B, Tq, H, K]   k [B, Tk, G, K]   v [B, Tk, G, V]   out [B, Tq, H, V]   lse [B, Tq, H]
     R = H / G query heads share a key head   BM queries and BN keys of a block   S sinks, SP of them at a time
     KP, VP = K, V up to a power of two   strides in units of UNIT elements
+    CAP bounds the logits, 0 does not   slopes [H] with ALIBI
 """
 
 from __future__ import annotations
@@ -99,6 +100,39 @@ def _sees(distance, reach):
 
 
 @triton.jit
+def _bound(score, CAP: tl.constexpr):
+    """Logits (base 2) bounded by CAP: CAP tanh(s / CAP)."""
+    if CAP > 0:
+        e = tl.exp2(-tl.abs(score) * (2.0 / CAP))
+        tanh = (1.0 - e) / (1.0 + e)
+        score = tl.where(score < 0, -tanh, tanh) * (CAP * LOG2_E)
+    return score
+
+
+@triton.jit
+def _unbound(grad, score, CAP: tl.constexpr):
+    """A gradient of bounded logits, as it goes on to those from before, `score` (base 2)."""
+    if CAP > 0:
+        e = tl.exp2(-tl.abs(score) * (2.0 / CAP))
+        grad *= 4.0 * e / ((1.0 + e) * (1.0 + e))  # 1 - tanh^2, which would lose its digits
+    return grad
+
+
+@triton.jit
+def _slope(slopes, head, ALIBI: tl.constexpr):
+    """What a token of distance takes off a head's logits (base 2)."""
+    return tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
+
+
+@triton.jit
+def _lean(score, distance, slope, ALIBI: tl.constexpr):
+    """Logits (base 2) of keys at `distance`."""
+    if ALIBI:
+        score -= distance.to(tl.float32) * slope
+    return score
+
+
+@triton.jit
 def _raise(top, score):
     """New largest score (base 2), what to take off scores before their exponential, what the sums so far keep."""
     new = tl.maximum(top, score)
@@ -112,12 +146,12 @@ NUMBERS += ["documents", "queries", "keys", "heads", "window", "scale"]
 
 @triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
-    q, k, v, sink_k, sink_v, position, bounds, out, lse,
+    q, k, v, sink_k, sink_v, position, bounds, slopes, out, lse,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
     documents, queries, keys, heads, window, scale,
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, UNIT: tl.constexpr,
-    PACKED: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    S: tl.constexpr, SP: tl.constexpr, GIVEN: tl.constexpr,
+    PACKED: tl.constexpr, PLACED: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """One block of queries. Neighbouring programs are the heads of a block: together they read whole rows."""
     head = tl.program_id(0) % heads
@@ -134,6 +168,7 @@ def forward_kernel(
     index, reach, low, high = _window(start, end, offset, first, window, BM)
     scale = scale.to(tl.float32, bitcast=True)
     c = scale * LOG2_E
+    slope = _slope(slopes, head, ALIBI)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, VP], tl.float32)
@@ -143,8 +178,10 @@ def forward_kernel(
         s = least + tl.arange(0, SP)
         k_tile = _sinks(k, sink_k, row, group, heads // R, first, keys, k_token * UNIT, s, S, K, KP, GIVEN, used)
         v_tile = _sinks(v, sink_v, row, group, heads // R, first, keys, v_token * UNIT, s, S, V, VP, GIVEN, used)
-        beyond = (index[:, None] - first - s[None, :] >= window) & (s < S)[None, :]
-        scores = tl.where(beyond, dot(q_tile, tl.trans(k_tile), PRECISION) * c, float("-inf"))
+        distance = index[:, None] - first - s[None, :]
+        beyond = (distance >= window) & (s < S)[None, :]
+        scores = _bound(dot(q_tile, tl.trans(k_tile), PRECISION) * c, CAP)
+        scores = tl.where(beyond, _lean(scores, distance, slope, ALIBI), float("-inf"))
         top, shift, keep = _raise(top, tl.max(scores, 1))
         p = tl.exp2(scores - shift[:, None])
         total = total * keep + tl.sum(p, 1)
@@ -152,8 +189,10 @@ def forward_kernel(
     for n in range(low, high, BN):
         k_tile = _rows(k, n, high, k_token * UNIT, BN, K, KP)
         v_tile = _rows(v, n, high, v_token * UNIT, BN, V, VP)
-        seen = _sees(index[:, None] - (n + tl.arange(0, BN))[None, :], reach[:, None])
-        scores = tl.where(seen, dot(q_tile, tl.trans(k_tile), PRECISION) * c, float("-inf"))
+        distance = index[:, None] - (n + tl.arange(0, BN))[None, :]
+        seen = _sees(distance, reach[:, None])
+        scores = _bound(dot(q_tile, tl.trans(k_tile), PRECISION) * c, CAP)
+        scores = tl.where(seen, _lean(scores, distance, slope, ALIBI), float("-inf"))
         top, shift, keep = _raise(top, tl.max(scores, 1))
         p = tl.exp2(scores - shift[:, None])
         total = total * keep + tl.sum(p, 1)
@@ -171,12 +210,12 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def query_kernel(
-    q, k, v, sink_k, sink_v, position, bounds, out, lse, dout, dlse, dq, saved, part_k, part_v,
+    q, k, v, sink_k, sink_v, position, bounds, slopes, out, lse, dout, dlse, dq, saved, part_k, part_v,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
     documents, queries, keys, heads, window, scale,
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, UNIT: tl.constexpr,
-    PACKED: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    S: tl.constexpr, SP: tl.constexpr, GIVEN: tl.constexpr, DLSE: tl.constexpr,
+    PACKED: tl.constexpr, PLACED: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, GIVEN: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
     """dq; lse and delta, saved for `key_kernel` [2, B, H, Tq]; this block's part of the sinks' gradients."""
     head = tl.program_id(0) % heads
@@ -210,6 +249,7 @@ def query_kernel(
     index, reach, low, high = _window(start, end, offset, first, window, BM)
     scale = scale.to(tl.float32, bitcast=True)
     c = scale * LOG2_E
+    slope = _slope(slopes, head, ALIBI)
     acc = tl.zeros([BM, KP], tl.float32)
     used = high - 1 - first >= window
     for least in range(0, S, SP):
@@ -218,21 +258,27 @@ def query_kernel(
         v_tile = _sinks(v, sink_v, row, group, heads // R, first, keys, v_token * UNIT, s, S, V, VP, GIVEN, used)
         if SP == 1:
             q_wide, dout_wide = q_tile.to(tl.float32), dout_tile.to(tl.float32)
-            p = tl.exp2(tl.sum(q_wide * k_tile, 1) * c - own_lse)
-            p = tl.where(index - first - least >= window, p, 0.0)
-            ds = p * (tl.sum(dout_wide * v_tile, 1) - delta)
+            scores = tl.sum(q_wide * k_tile, 1) * c
+            distance = index - first - least
+            p = tl.exp2(_lean(_bound(scores, CAP), distance, slope, ALIBI) - own_lse)
+            p = tl.where(distance >= window, p, 0.0)
+            ds = _unbound(p * (tl.sum(dout_wide * v_tile, 1) - delta), scores, CAP)
             acc += ds[:, None] * k_tile
             own_k = tl.sum(ds[:, None] * q_wide, 0)[None, :]
             own_v = tl.sum(p[:, None] * dout_wide, 0)[None, :]
         else:
-            beyond = (index[:, None] - first - s[None, :] >= window) & (s < S)[None, :]
-            p = tl.where(beyond, tl.exp2(dot(q_tile, tl.trans(k_tile), PRECISION) * c - own_lse[:, None]), 0.0)
-            ds = p * (dot(dout_tile, tl.trans(v_tile), PRECISION) - delta[:, None])
+            distance = index[:, None] - first - s[None, :]
+            beyond = (distance >= window) & (s < S)[None, :]
+            scores = dot(q_tile, tl.trans(k_tile), PRECISION) * c
+            p = tl.where(beyond, tl.exp2(_lean(_bound(scores, CAP), distance, slope, ALIBI) - own_lse[:, None]), 0.0)
+            ds = _unbound(p * (dot(dout_tile, tl.trans(v_tile), PRECISION) - delta[:, None]), scores, CAP)
             acc = dot_add(ds.to(k_tile.dtype), k_tile, acc, PRECISION)
             # The same again with the sinks as rows, from memory: a transposed p is not to be fed to a dot.
-            beyond = (index[None, :] - first - s[:, None] >= window) & (s < S)[:, None]
-            p = tl.where(beyond, tl.exp2(dot(k_tile, tl.trans(q_tile), PRECISION) * c - own_lse[None, :]), 0.0)
-            ds = p * (dot(v_tile, tl.trans(dout_tile), PRECISION) - delta[None, :])
+            distance = index[None, :] - first - s[:, None]
+            beyond = (distance >= window) & (s < S)[:, None]
+            scores = dot(k_tile, tl.trans(q_tile), PRECISION) * c
+            p = tl.where(beyond, tl.exp2(_lean(_bound(scores, CAP), distance, slope, ALIBI) - own_lse[None, :]), 0.0)
+            ds = _unbound(p * (dot(v_tile, tl.trans(dout_tile), PRECISION) - delta[None, :]), scores, CAP)
             own_k = dot(ds.to(q_tile.dtype), q_tile, PRECISION)
             own_v = dot(p.to(dout_tile.dtype), dout_tile, PRECISION)
         part = (block.to(tl.int64) * heads + head) * S
@@ -242,9 +288,11 @@ def query_kernel(
     for n in range(low, high, BN):
         k_tile = _rows(k, n, high, k_token * UNIT, BN, K, KP)
         v_tile = _rows(v, n, high, v_token * UNIT, BN, V, VP)
-        seen = _sees(index[:, None] - (n + tl.arange(0, BN))[None, :], reach[:, None])
-        p = tl.where(seen, tl.exp2(dot(q_tile, tl.trans(k_tile), PRECISION) * c - own_lse[:, None]), 0.0)
-        ds = p * (dot(dout_tile, tl.trans(v_tile), PRECISION) - delta[:, None])
+        distance = index[:, None] - (n + tl.arange(0, BN))[None, :]
+        seen = _sees(distance, reach[:, None])
+        scores = dot(q_tile, tl.trans(k_tile), PRECISION) * c
+        p = tl.where(seen, tl.exp2(_lean(_bound(scores, CAP), distance, slope, ALIBI) - own_lse[:, None]), 0.0)
+        ds = _unbound(p * (dot(dout_tile, tl.trans(v_tile), PRECISION) - delta[:, None]), scores, CAP)
         acc = dot_add(ds.to(k_tile.dtype), k_tile, acc, PRECISION)
     tile = (acc * scale).to(dq.dtype.element_ty)
     tl.store(_at(dq + rows * K, 0, heads * K, BM, KP), tile, mask=_within(start, end, BM, K, KP))
@@ -252,11 +300,12 @@ def query_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def key_kernel(
-    q, k, v, position, bounds, dout, saved, dk, dv,
+    q, k, v, position, bounds, slopes, dout, saved, dk, dv,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
     documents, queries, keys, heads, window, scale,
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, UNIT: tl.constexpr,
-    PACKED: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PACKED: tl.constexpr, PLACED: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys from the windows that hold them, over all R query heads of the group."""
     groups = heads // R
@@ -291,10 +340,13 @@ def key_kernel(
         saved_at = saved + (row * heads + head) * queries + m + i
         lse = tl.load(saved_at, mask=m + i < high, other=float("inf"))  # no weight after the end
         delta = tl.load(saved_at + half, mask=m + i < high, other=0.0)
-        seen = _sees(i[None, :] - (key - m - offset)[:, None], reach[:, None])
-        p = tl.where(seen, tl.exp2(dot(k_tile, tl.trans(q_tile), PRECISION) * c - lse[None, :]), 0.0)
+        distance = i[None, :] - (key - m - offset)[:, None]
+        seen = _sees(distance, reach[:, None])
+        scores = dot(k_tile, tl.trans(q_tile), PRECISION) * c
+        slope = _slope(slopes, head, ALIBI)
+        p = tl.where(seen, tl.exp2(_lean(_bound(scores, CAP), distance, slope, ALIBI) - lse[None, :]), 0.0)
         acc_v = dot_add(p.to(dout_tile.dtype), dout_tile, acc_v, PRECISION)
-        ds = p * (dot(v_tile, tl.trans(dout_tile), PRECISION) - delta[None, :])
+        ds = _unbound(p * (dot(v_tile, tl.trans(dout_tile), PRECISION) - delta[None, :]), scores, CAP)
         acc_k = dot_add(ds.to(q_tile.dtype), q_tile, acc_k, PRECISION)
     rows = (row * keys + start) * groups + group
     tile = (acc_k * scale).to(dk.dtype.element_ty)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .bend import Bend
 from .cache import MixerCacheLayer, mixer_cache_layer
 from .configuration_linearize import AttentionAnatomy
 from .kept import kept_softmax, kept_window
@@ -126,6 +127,7 @@ class LinearizeAttention(Projections):
     def forward(
         self,
         hidden_states: Tensor,
+        residual: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
@@ -135,7 +137,7 @@ class LinearizeAttention(Projections):
     ) -> tuple[Tensor, None]:
         """[B, T, hidden] to [B, T, hidden], and None where transformers' attention gives its weights.
 
-        `layer_past` is what some families call `past_key_values`.
+        `layer_past` is what some families call `past_key_values`; `residual` is added where the anatomy says so.
 
         Packed documents are told by `position_ids` that restart, or by `cu_seq_lens_q` as transformers' flattening
         collator gives it.
@@ -151,13 +153,15 @@ class LinearizeAttention(Projections):
         else:
             past = cache.places_before(tokens) if cache is not None and cache.is_static else None
             layout = read_layout(attention_mask, position_ids, batch, tokens, past)
+        bend = self.bend(q.device)
         if not self.is_hybrid:
-            out = self.mixer(q, k, v, hidden_states, layout=layout, cache=cache)
+            out = self.mixer(q, k, v, hidden_states, layout=layout, cache=cache, bend=bend)
         else:
-            out = self._partition(q, k, v, hidden_states, layout, cache)
+            out = self._partition(q, k, v, hidden_states, layout, cache, bend)
         if cache is not None:
             cache.advance(tokens, q.device)
-        return self.put_out(out), None
+        out = self.put_out(out)
+        return (out if residual is None or not self.anatomy.adds_residual else out + residual), None
 
     def routes(self, device: torch.device) -> Routes:
         """Which heads go where, on `device`; made once. One compiled program serves layers of other heads then: it
@@ -185,7 +189,7 @@ class LinearizeAttention(Projections):
         return self._routes[device]
 
     def _partition(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, layout: Layout, cache: MixerCacheLayer | None
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, layout: Layout, cache: MixerCacheLayer | None, bend: Bend
     ) -> Tensor:
         routes = self.routes(q.device)
         mixed = self.mixer(
@@ -195,13 +199,15 @@ class LinearizeAttention(Projections):
             x,
             layout=layout,
             cache=cache,
+            bend=bend.of(routes.mixer_heads.heads),
         )
+        bend = bend.of(routes.soft_heads.heads)
         soft = [
             picked(x, pick) for x, pick in ((q, routes.soft_heads), (k, routes.soft_groups), (v, routes.soft_groups))
         ]
         scale, window, sinks = self.anatomy.scale, self.softmax_window, self.softmax_sinks
         if window is None:
-            kept = kept_softmax(*soft, scale=scale, layout=layout, cache=cache)
+            kept = kept_softmax(*soft, scale=scale, layout=layout, cache=cache, bend=bend)
         else:
-            kept = kept_window(*soft, scale=scale, window=window, sinks=sinks, layout=layout, cache=cache)
+            kept = kept_window(*soft, scale=scale, window=window, sinks=sinks, layout=layout, cache=cache, bend=bend)
         return picked(torch.cat([mixed.to(q.dtype), kept.to(q.dtype)], dim=2), routes.outputs)

@@ -44,6 +44,12 @@ class AttentionAnatomy:
     `rotary_dim` leading channels of a head are rotated (0: none): channel i with i + rotary_dim / 2 ("half"), or with
     its neighbour ("pairs"; "pairs_of_halves" where the first half of cos and sin holds the angles). `rotary_wide`:
     turned in fp32 and rounded after, where others turn in the model's dtype.
+
+    `logit_cap` c bounds the logits s: c tanh(s / c). `alibi` has a slope for each query head, which times the distance
+    inside a document is taken off its logits; empty where there is none. `null_logits` is the name of the module's own
+    parameter [H] that is one more logit in each head's denominator, with neither key nor value.
+
+    `adds_residual`: the module is given `residual` too, and adds it to its output.
     """
 
     path: str
@@ -61,6 +67,10 @@ class AttentionAnatomy:
     rotary_dim: int = 0
     rotary: str = "half"
     rotary_wide: bool = False
+    logit_cap: float | None = None
+    alibi: list[float] = field(default_factory=list)
+    null_logits: str | None = None
+    adds_residual: bool = False
 
     def __post_init__(self) -> None:
         for name, known in KINDS.items():
@@ -70,6 +80,9 @@ class AttentionAnatomy:
             raise ValueError(
                 f"{self.path}: {self.num_heads} query heads do not divide into {self.num_kv_heads} key heads"
             )
+
+        if len(self.alibi) not in (0, self.num_heads):
+            raise ValueError(f"{self.path}: {len(self.alibi)} slopes in alibi do not fit {self.num_heads} heads")
 
     @property
     def group_size(self) -> int:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .bend import STRAIGHT, Bend, bend_logits, softmax_of
 from .cache import MixerCacheLayer, append
-from .dispatch import window_attention
 from .layout import Layout
 from .reference import document_positions, widen
-from .window import carry_sinks, carry_window, locate
+from .window import attend, carry_sinks, carry_window, locate
 
 # Where a mask is needed, queries attend in blocks, so that it takes memory linear in length.
 QUERY_BLOCK = 1024
@@ -30,6 +30,7 @@ def kept_window(
     sinks: int,
     layout: Layout,
     cache: MixerCacheLayer | None,
+    bend: Bend = STRAIGHT,
 ) -> Tensor:
     """Softmax attention of kept heads over the last `window` keys and the document's first `sinks`; else as
     `kept_softmax`.
@@ -41,10 +42,11 @@ def kept_window(
     if layout.cu_seqlens is not None:
         q, k, v = (tensor.flatten(0, 1).unsqueeze(0) for tensor in (q, k, v))
     piece = locate(layout, cache, "softmax_length", q)
-    out, _ = window_attention(
+    out, _ = attend(
         q,
         carry_window(cache, "softmax_window_k", k, piece, window),
         carry_window(cache, "softmax_window_v", v, piece, window),
+        bend,
         window=window,
         sinks=sinks,
         scale=scale,
@@ -64,6 +66,7 @@ def kept_softmax(
     scale: float,
     layout: Layout,
     cache: MixerCacheLayer | None,
+    bend: Bend = STRAIGHT,
 ) -> Tensor:
     """Causal softmax attention of kept heads over all keys.
 
@@ -72,12 +75,13 @@ def kept_softmax(
         layout: pads and documents of the new tokens.
         cache: grows by "softmax_k" and "softmax_v", [B, G, keys, D], and has "softmax_pads", [B]; a static one has
             them whole, and the count "softmax_length", [B].
+        bend: of their logits.
 
     Returns:
         [B, T, H, D].
     """
     if cache is not None and cache.is_static:
-        return _static(q, k, v, scale, layout, cache)
+        return _static(q, k, v, scale, layout, cache, bend)
     batch, tokens = q.shape[:2]
     repeat = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -94,6 +98,8 @@ def kept_softmax(
             cache.tensors["softmax_pads"] = pads
         elif cache.seen == 0:
             cache.tensors["softmax_pads"] = torch.zeros(batch, dtype=torch.long, device=q.device)
+    if not bend.straight:
+        return _bent(q, k, v, scale, layout, pads, bend)
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     keys = k.shape[2]
     offset = keys - tokens
@@ -122,7 +128,21 @@ def kept_softmax(
     return torch.cat(pieces, dim=2).transpose(1, 2)
 
 
-def _static(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout, cache: MixerCacheLayer) -> Tensor:
+def _bent(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout, pads: Tensor | None, bend: Bend) -> Tensor:
+    """`kept_softmax` of q [B, H, T, D] over k and v [B, G, keys, D]: a window as long as the text, because torch's own
+    attention knows no such logits."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    shape = q.shape
+    if layout.cu_seqlens is not None:
+        q, k, v = (tensor.flatten(0, 1).unsqueeze(0) for tensor in (q, k, v))
+    place = None if pads is None else k.shape[1] - q.shape[1] - pads
+    out, _ = attend(q, k, v, bend, window=k.shape[1], scale=scale, position=place, cu_seqlens=layout.cu_seqlens)
+    return out.reshape(shape).to(v.dtype)
+
+
+def _static(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout, cache: MixerCacheLayer, bend: Bend
+) -> Tensor:
     """`kept_softmax` with a static cache, whose slot j holds column j."""
     assert cache.max_cache_len is not None
     batch, tokens, heads, dim = q.shape
@@ -145,14 +165,15 @@ def _static(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout, cache
     keys.scatter_(2, index, k.transpose(1, 2).to(keys.dtype))
     values.scatter_(2, index, v.transpose(1, 2).to(values.dtype))
     if fresh and tokens > 1:
-        return kept_softmax(q, k, v, scale=scale, layout=layout, cache=None)
+        return kept_softmax(q, k, v, scale=scale, layout=layout, cache=None, bend=bend)
     slots = torch.arange(cache.max_cache_len, device=q.device)
     hidden = slots < pads.unsqueeze(1)
-    if tokens == 1:
-        seen = (slots <= columns) & ~hidden | (slots == columns)  # a pad sees itself, to stay finite
-        scores = widen(torch.matmul(q[:, 0].unflatten(1, (groups, -1)), keys.mT)) * scale
-        weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
-        return torch.matmul(weights.to(values.dtype), values).flatten(1, 2).unsqueeze(1)
+    if tokens == 1 or not bend.straight:
+        pieces = [
+            _eager(row, keys, values, scale, some.unsqueeze(2) - slots, hidden.unsqueeze(1), bend)
+            for some, row in zip(columns.split(QUERY_BLOCK, 1), q.split(QUERY_BLOCK, 1), strict=True)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
     all_keys, all_values = (x.to(q).repeat_interleave(heads // groups, dim=1) for x in (keys, values))
     pieces = []
     for some, row in zip(columns.split(QUERY_BLOCK, 1), q.split(QUERY_BLOCK, 1), strict=True):
@@ -161,3 +182,20 @@ def _static(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout, cache
         rows = row.transpose(1, 2)
         pieces.append(F.scaled_dot_product_attention(rows, all_keys, all_values, attn_mask=seen, scale=scale))
     return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+def _eager(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, distance: Tensor, hidden: Tensor, bend: Bend
+) -> Tensor:
+    """q [B, T, H, D] over keys and values [B, G, S, D] at `distance` [B, T, S], those that are not `hidden`; a pad sees
+    itself, to stay finite."""
+    groups, tokens = keys.shape[1], q.shape[1]
+    rows = q.transpose(1, 2).unflatten(1, (groups, -1))  # [B, G, R, T, D]
+    scores = widen(torch.matmul(rows.flatten(2, 3), keys.to(q.dtype).mT)) * scale
+    scores = scores.unflatten(2, (-1, tokens))
+    slopes, null = (None if each is None else each.view(groups, -1, 1, 1) for each in bend[1:])
+    scores = bend_logits(scores, bend.cap, slopes, distance[:, None, None])
+    seen = (distance >= 0) & ~hidden | (distance == 0)
+    weights = softmax_of(scores.masked_fill(~seen[:, None, None], float("-inf")), null)
+    out = torch.matmul(weights.to(values.dtype).flatten(2, 3), values)
+    return out.unflatten(2, (-1, tokens)).flatten(1, 2).transpose(1, 2)

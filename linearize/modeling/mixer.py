@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .bend import STRAIGHT, Bend
 from .cache import MixerCacheLayer
-from .dispatch import linear_attention, window_attention, window_step
+from .dispatch import linear_attention, window_step
 from .layout import Layout
 from .reference import LinearState, widen
 from .step_reference import MOST_FEATURES
-from .window import carry_sinks, carry_window, locate
+from .window import attend, carry_sinks, carry_window, locate
 
 MIXERS: dict[str, type[Mixer]] = {}
 
@@ -185,6 +186,7 @@ class Mixer(nn.Module):
         *,
         layout: Layout | None = None,
         cache: MixerCacheLayer | None = None,
+        bend: Bend = STRAIGHT,
     ) -> Tensor:
         """Mixes the tokens.
 
@@ -193,6 +195,7 @@ class Mixer(nn.Module):
             x: [B, T, hidden], the layer's input, where `needs_hidden`.
             layout: pads and documents; None means one document a row without pads.
             cache: the layer's carried state, read and written.
+            bend: what the window's logits are besides scale q.k; the linear branch knows none of it.
 
         Returns:
             [B, T, H, D] in q's dtype.
@@ -203,10 +206,17 @@ class Mixer(nn.Module):
         layout = layout or Layout()
         # Gains, decays and normalisers stay wide; what came in bf16 is multiplied in bf16 all the same.
         with torch.autocast(q.device.type, enabled=False):
-            return self._mix(q, k, v, x, layout, cache)
+            return self._mix(q, k, v, x, layout, cache, bend)
 
     def _mix(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None, layout: Layout, cache: MixerCacheLayer | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor | None,
+        layout: Layout,
+        cache: MixerCacheLayer | None,
+        bend: Bend,
     ) -> Tensor:
         if self.state_heads == "query" and self.num_states != k.shape[2]:
             repeat = self.num_states // k.shape[2]
@@ -222,9 +232,9 @@ class Mixer(nn.Module):
         both = self.linear_branch and self.window_branch
         one = q.shape[1] == 1 and self.has_step and both and layout.real is None
         if one and cache is not None and cache.can_step(q.device) and cache.tensors["kv"].shape[2] <= MOST_FEATURES:
-            out = self._step(q, k, v, gates, cache)
+            out = self._step(q, k, v, gates, cache, bend)
         elif self.window:
-            out = self._windowed(q, k, v, gates, layout, cache)
+            out = self._windowed(q, k, v, gates, layout, cache, bend)
         else:
             weight = None if layout.real is None else layout.real.unsqueeze(-1).to(torch.float32)
             out = self.join(q, *self._linear(q, k, v, gates, weight, layout, cache), None, None, None)
@@ -271,7 +281,7 @@ class Mixer(nn.Module):
                 cache.put("k", final.k)
         return out, z
 
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, cache: MixerCacheLayer) -> Tensor:
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, cache: MixerCacheLayer, bend: Bend) -> Tensor:
         """One real token a row, on states that are there: two launches, and what the gates and maps need."""
         q, k, v = q[:, 0], k[:, 0], v[:, 0]
         log_decay, value_scale, beta = (None if gate is None else gate[:, 0] for gate in gates)
@@ -294,6 +304,9 @@ class Mixer(nn.Module):
                 beta=beta,
                 window_beta=cache.get("window_beta"),
                 **self.window_gains(),
+                cap=bend.cap,
+                slopes=bend.slopes,
+                null=bend.null,
             )
             k, v, log_decay, value_scale, beta = seen.k, seen.v, seen.log_decay, seen.value_scale, seen.beta
             token = {"near": seen.near, "lse": seen.lse, "weight": seen.weight, "count": cache.tensors["length"]}
@@ -301,7 +314,14 @@ class Mixer(nn.Module):
         return self.step(q, k, v, cache.tensors["kv"], cache.get("k"), **token)
 
     def _windowed(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, layout: Layout, cache: MixerCacheLayer | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates,
+        layout: Layout,
+        cache: MixerCacheLayer | None,
+        bend: Bend,
     ) -> Tensor:
         tokens, window = q.shape[1], self.window
         piece = locate(layout, cache, "length", q)
@@ -317,10 +337,11 @@ class Mixer(nn.Module):
         sink_v = carry_sinks(cache, "sink_v", v, piece, self.sinks)
         near = lse = None
         if self.window_branch:
-            near, lse = window_attention(
+            near, lse = attend(
                 q,
                 keys,
                 values,
+                bend,
                 window=window,
                 sinks=self.sinks,
                 scale=self.scale,

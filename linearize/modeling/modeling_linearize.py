@@ -6,12 +6,14 @@ This folder imports torch and transformers alone, because it is copied beside th
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -81,6 +83,8 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
         assert config.parent_config is not None
         if config.parent_config._attn_implementation_internal == PADDING_MASK:  # from a model that was built before
             config.parent_config._attn_implementation_internal = None
+        if asked is None and getattr(config.parent_config, "attn_logit_softcapping", None):
+            asked = config._attn_implementation_internal = "eager"  # sdpa bounds no logits, and older releases take it
         if asked is not None:
             config.parent_config._attn_implementation_internal = config._attn_implementation_internal
         parent = parent_type(config.parent_config)
@@ -96,6 +100,7 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
             "_tied_weights_keys",
             "_no_split_modules",
             "_keep_in_fp32_modules",
+            "_supports_sdpa",
             "base_model_prefix",
         ):
             setattr(self, attribute, getattr(parent_type, attribute, None))
@@ -153,8 +158,14 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
         """The teacher class's forward, arguments and all. With a cache, pads must be on the left.
 
         Raises:
-            ValueError: a cache together with packed documents or pads on the right; a 4D mask.
+            ValueError: a cache together with packed documents or pads on the right; a 4D mask; a static cache with
+                whole layers of softmax under ALiBi.
         """
+        if self._has_softmax_under_alibi() and _is_static(past_key_values):
+            raise ValueError(
+                "a static cache cannot serve the layers that stayed softmax whole, whose ALiBi is made for the text so "
+                "far: leave cache_implementation out, or keep heads of layers and none whole"
+            )
         tokens = input_ids if input_ids is not None else inputs_embeds
         length = 0 if tokens is None else tokens.shape[1]
         if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() == 4):
@@ -192,6 +203,11 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
         finally:
             forget_layout()
 
+    def _has_softmax_under_alibi(self) -> bool:
+        whole = len(self.config.swapped()) < len(self.config.layers)
+        family = sys.modules[self._parent_class.__module__]
+        return whole and hasattr(family, "build_alibi_tensor") and bool(getattr(self.config, "alibi", True))
+
     def mixer_layers(self) -> list[tuple[int, LinearizeAttention]]:
         """The swapped attention modules with their layer's index."""
         return [(module.layer_idx, module) for module in self.modules() if isinstance(module, LinearizeAttention)]
@@ -202,6 +218,9 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
         # transformers hands the modules of a sub-model to the sub-model's own class, which knows no mixers.
         for _, attention in self.mixer_layers():
             attention.mixer.reset_parameters()
+            null = attention.bend(attention.device).null
+            if null is not None:
+                init.zeros_(null)
         super().initialize_weights()
 
     def _init_weights(self, module: nn.Module) -> None:

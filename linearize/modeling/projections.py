@@ -10,17 +10,21 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .bend import Bend
 from .configuration_linearize import AttentionAnatomy
 from .reference import widen
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, how: str = "half", wide: bool = False) -> Tensor:
-    """Rotary embedding of the first `rotary_dim` channels of x [B, T, heads, D]; cos and sin [B, T, rotary_dim].
+    """Rotary embedding of the first `rotary_dim` channels of x [B, T, heads, D]; cos and sin [B, T, rotary_dim or
+    half of it].
 
     `how` and `wide` as in `AttentionAnatomy.rotary` and `rotary_wide`.
     """
     if how == "pairs_of_halves":
         cos, sin = (angles[..., : rotary_dim // 2].repeat_interleave(2, dim=-1) for angles in (cos, sin))
+    if cos.shape[-1] < rotary_dim:  # some families give each angle once
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
     if wide:
@@ -55,6 +59,9 @@ class Projections(nn.Module):
         self.anatomy, self.path = anatomy, anatomy.path
         for name in (*anatomy.inputs, *anatomy.norms, anatomy.output):
             self.add_module(name, parts.get_submodule(name))
+        if anatomy.null_logits:
+            self.register_parameter(anatomy.null_logits, parts.get_parameter(anatomy.null_logits))
+        self._slopes: dict[torch.device, Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -79,6 +86,18 @@ class Projections(nn.Module):
             cos, sin = position_embeddings
             q, k = (rotate(x, cos, sin, anatomy.rotary_dim, anatomy.rotary, anatomy.rotary_wide) for x in (q, k))
         return q, k, v
+
+    def bend(self, device: torch.device) -> Bend:
+        """What the logits of the heads are besides scale q.k, on `device`."""
+        anatomy = self.anatomy
+        slopes: Tensor | None = None
+        if anatomy.alibi:
+            if device not in self._slopes:
+                with torch.inference_mode(False):  # kept, and a tensor made in inference mode could not train later
+                    self._slopes[device] = torch.tensor(anatomy.alibi, device=device)
+            slopes = self._slopes[device]
+        null = self.get_parameter(anatomy.null_logits) if anatomy.null_logits else None
+        return Bend(anatomy.logit_cap or 0.0, slopes, null)
 
     def split(self, made: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """q [..., H, D], k and v [..., G, D] of what the `inputs` made, [..., rows] each."""

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .bend import bend_logits
+
 
 class LinearState(NamedTuple):
     """What a linear mixer carries: `kv` [N, G, K, V], and `k` [N, G, K], the sum of keys, where it normalises."""
@@ -268,6 +270,8 @@ def window_attention(
     sink_k: Tensor | None = None,
     sink_v: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cap: float = 0.0,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the last `window` keys (the token's own among them) and the document's first `sinks` keys.
 
@@ -278,9 +282,10 @@ def window_attention(
             at places below 0 do not exist. None: the first key starts the document.
         sink_k, sink_v: [B, S, G, D], for a piece whose document began before it; None takes them from k and v.
         cu_seqlens: [N + 1] bounds of documents in a flattened batch of 1 (then Tk = Tq and no `position`).
+        cap, slopes: of `Bend`; constants, without a gradient.
 
     Returns:
-        Output [B, Tq, H, D] and log-sum-exp of the scaled scores [B, Tq, H], both in the accumulation dtype. A query
+        Output [B, Tq, H, D] and log-sum-exp of the logits [B, Tq, H], both in the accumulation dtype. A query
         without any key gives 0 and -inf.
     """
     batch, queries, heads, _ = q.shape
@@ -330,7 +335,9 @@ def window_attention(
         if key_document is not None and query_document is not None:
             visible &= query_document.unsqueeze(-1) == key_document.unsqueeze(-2)
         query_blocks = query_blocks.unflatten(3, (groups, heads // groups))
+        leaning = None if slopes is None else slopes.view(groups, -1, 1, 1)
         scores = torch.einsum("bnigrd,bnjgd->bngrij", query_blocks, key_blocks)
+        scores = bend_logits(scores, cap, leaning, distance[:, :, None, None])
         scores = scores.masked_fill(~visible[:, :, None, None], float("-inf"))
 
         if sinks:
@@ -349,7 +356,9 @@ def window_attention(
             else:
                 per_query = F.pad(sink_k, (0, 0) * 3 + (0, right)).unflatten(1, (count, size))
                 sink_scores = torch.einsum("bnigrd,bnisgd->bngris", query_blocks, per_query)
-            beyond = query_place.unsqueeze(-1) - sink_index >= window  # nearer ones are in the window already
+            distance = query_place.unsqueeze(-1) - sink_index
+            sink_scores = bend_logits(sink_scores, cap, leaning, distance[:, :, None, None])
+            beyond = distance >= window  # nearer ones are in the window already
             sink_scores = sink_scores.masked_fill(~beyond[:, :, None, None], float("-inf"))
             scores = torch.cat([scores, sink_scores], dim=-1)
 

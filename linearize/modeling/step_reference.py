@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .bend import add_null, bend_logits
 from .join_reference import join_norm, join_share, log_mass
 from .reference import taylor_features, widen
 
@@ -187,6 +188,9 @@ def window_step(
     gain_q: Tensor | None = None,
     gain_k: Tensor | None = None,
     log_horizon: Tensor | None = None,
+    cap: float = 0.0,
+    slopes: Tensor | None = None,
+    null: Tensor | None = None,
 ) -> WindowStep:
     """Softmax of one token over the window that ends with it and the document's first S keys; takes its place in it.
 
@@ -200,6 +204,7 @@ def window_step(
         gain, gain_q: [H] and [H, D]: lse is returned less gain + scale * gain_q . q.
         gain_k: [G, D]: the leaving key's weight is exp(scale * gain_k . k), its logarithm at most 12 either way.
         log_horizon: [H]: lse is returned less `log_mass` of the far keys, too.
+        cap, slopes, null: of `Bend`.
     """
     heads, groups, window = q.shape[1], k.shape[1], window_k.shape[1]
     repeat = heads // groups
@@ -221,8 +226,8 @@ def window_step(
     late_decay = swap_gate(window_decay, log_decay)
     late_scale, late_beta = swap_gate(window_scale, value_scale), swap_gate(window_beta, beta)
 
-    slots = torch.arange(window, device=q.device)
-    visible = (slot.unsqueeze(1) - slots).remainder(window) <= place.unsqueeze(1)  # [B, W]
+    distance = (slot.unsqueeze(1) - torch.arange(window, device=q.device)).remainder(window)  # [B, W]
+    visible = distance <= place.unsqueeze(1)
     keys, values = window_k, window_v
     if sink_k is not None and sink_v is not None:
         sinks = torch.arange(sink_k.shape[1], device=q.device)
@@ -230,12 +235,18 @@ def window_step(
         sink_k.copy_(torch.where(here, k.to(sink_k.dtype).unsqueeze(1), sink_k))
         sink_v.copy_(torch.where(here, v.to(sink_v.dtype).unsqueeze(1), sink_v))
         keys, values = torch.cat([keys, sink_k], dim=1), torch.cat([values, sink_v], dim=1)
-        visible = torch.cat([visible, place.unsqueeze(1) - sinks >= window], dim=1)  # nearer ones are in the window
+        behind = place.unsqueeze(1) - sinks
+        distance = torch.cat([distance, behind], dim=1)
+        visible = torch.cat([visible, behind >= window], dim=1)  # nearer ones are in the window
     scores = torch.einsum("bgrd,bjgd->bgrj", q.unflatten(1, (groups, repeat)) * scale, keys.to(dtype))
+    leaning = None if slopes is None else slopes.view(groups, repeat, 1)
+    scores = bend_logits(scores, cap, leaning, distance[:, None, None])
     scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
     lse = scores.logsumexp(-1)
     near = torch.einsum("bgrj,bjgv->bgrv", (scores - lse.unsqueeze(-1)).exp(), values.to(dtype)).flatten(1, 2)
     lse = lse.flatten(1)
+    if null is not None:
+        near, lse = add_null(near, lse, null)
     if gain is not None:
         lse = lse - gain.to(dtype)
     if gain_q is not None:

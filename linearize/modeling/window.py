@@ -5,12 +5,14 @@ The newest W tokens lie in a ring (cache.py), the first S in tensors of their ow
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .bend import Bend, add_null
 from .cache import MixerCacheLayer, roll, unroll
+from .dispatch import window_attention
 from .layout import Layout
 from .reference import document_positions
 
@@ -25,6 +27,12 @@ class Piece(NamedTuple):
     place: Tensor
     start: Tensor | None
     length: Tensor | None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bend: Bend, **options: Any) -> tuple[Tensor, Tensor]:
+    """`window_attention` with bent logits; a null logit is added to what any kernel gives."""
+    out, lse = window_attention(q, k, v, cap=bend.cap, slopes=bend.slopes, **options)
+    return (out, lse) if bend.null is None else add_null(out, lse, bend.null)
 
 
 def locate(layout: Layout, cache: MixerCacheLayer | None, name: str, like: Tensor) -> Piece:

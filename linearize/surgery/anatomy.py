@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from typing import Any
 
 import torch
@@ -14,7 +15,21 @@ from ..errors import UserError
 from ..modeling import AttentionAnatomy, LinearizeConfig
 from ..modeling.projections import weight_and_bias
 from .families import FAMILIES, Family
-from .parts import BOUNDS, HEAD_DIMS, NORMS, OUTPUTS, PROJECTION, SCALES, SINKS, first, inputs_of, parts_text
+from .parts import (
+    ALIBI_MAKERS,
+    ALIBI_SCALES,
+    BOUNDS,
+    CAPS,
+    HEAD_DIMS,
+    NORMS,
+    NULLS,
+    OUTPUTS,
+    PROJECTION,
+    SCALES,
+    first,
+    inputs_of,
+    parts_text,
+)
 from .rotation import frequencies, rotation_of
 
 HOW_TO_ADD = "CONTRIBUTING.md shows how a family is added: its parts' names in linearize/surgery/parts.py"
@@ -135,6 +150,7 @@ class _Reader:
         scale = first(module, SCALES, (int, float))
         norms, norm_over = self._norms(heads, dim)
         rotary_dim, rotary, wide = self._rotation()
+        null = self._null(heads)
         anatomy = AttentionAnatomy(
             path=self.path,
             hidden_size=weight_and_bias(module.get_submodule(names[0]))[0].shape[1],
@@ -151,18 +167,18 @@ class _Reader:
             rotary_dim=rotary_dim,
             rotary=rotary,
             rotary_wide=wide,
+            logit_cap=self._set(CAPS),
+            alibi=self._slopes(heads) if self._has_alibi() else [],
+            null_logits=null,
+            adds_residual="residual" in self.arguments,
         )
-        self._refuse_strangers((*names, output, *norms))
+        self._refuse_strangers((*names, output, *norms), null)
         return anatomy
 
     def _refuse_what_comes_later(self) -> None:
         module = self.module
-        bounds = {name: getattr(module, name, None) or getattr(self.config, name, None) for name in BOUNDS}
-        bound = ", ".join(f"{name} {value}" for name, value in bounds.items() if value is not None)
         later = {
-            f"bounded logits ({bound})": bound != "",
-            "ALiBi positions": "alibi" in self.arguments and getattr(self.config, "alibi", True),
-            "attention sinks (a logit of each head's own)": first(module, SINKS, nn.Parameter) is not None,
+            f"bounded projections ({', '.join(BOUNDS)} {self._set(BOUNDS)})": self._set(BOUNDS) is not None,
             "attention to both sides": getattr(module, "is_causal", True) is False,
         }
         for part, present in later.items():
@@ -171,9 +187,39 @@ class _Reader:
                     f"{self.path} ({type(module).__name__}) has {part}, which linearize does not support yet"
                 )
 
-    def _refuse_strangers(self, known: tuple[str, ...]) -> None:
+    def _set(self, names: tuple[str, ...]) -> float | None:
+        """The first of these attributes, of the module or the config, that is set."""
+        values = (getattr(self.module, name, None) or getattr(self.config, name, None) for name in names)
+        return next((float(value) for value in values if value), None)
+
+    def _has_alibi(self) -> bool:
+        return "alibi" in self.arguments and bool(getattr(self.config, "alibi", True))
+
+    def _slopes(self, heads: int) -> list[float]:
+        """ALiBi's slope a head, as the family's own function makes them."""
+        family = sys.modules[type(self.module).__module__]
+        make = next((getattr(family, name) for name in ALIBI_MAKERS if hasattr(family, name)), None)
+        if make is None:
+            raise UserError(
+                f"{self.path} ({type(self.module).__name__}) has ALiBi positions, and beside it is no function of a "
+                f"name that is known: {', '.join(ALIBI_MAKERS)}. {HOW_TO_ADD}"
+            )
+        made = make(torch.ones(1, 2, dtype=torch.long, device="cpu"), heads, torch.float32).view(heads, 2)
+        scale = first(self.module, ALIBI_SCALES, (int, float))
+        return ((made[:, 1] - made[:, 0]).double() * (getattr(self.module, scale) if scale else 1.0)).tolist()
+
+    def _null(self, heads: int) -> str | None:
+        """The name of the parameter that is a logit of each head without a key."""
+        name = first(self.module, NULLS, nn.Parameter)
+        if name is not None and tuple(getattr(self.module, name).shape) != (heads,):
+            shape = tuple(getattr(self.module, name).shape)
+            raise UserError(f"{self.path}.{name} is {shape}, where a logit for each of {heads} heads is known")
+        return name
+
+    def _refuse_strangers(self, known: tuple[str, ...], null: str | None) -> None:
         """Every tensor of the module must belong to a part that the student takes over."""
-        strangers = [name for name in self.module.state_dict() if not name.startswith(tuple(f"{k}." for k in known))]
+        parts = tuple(f"{name}." for name in known)
+        strangers = [name for name in self.module.state_dict() if name != null and not name.startswith(parts)]
         if strangers:
             raise UserError(
                 f"{self.path} ({type(self.module).__name__}) has parts that are not known: {', '.join(strangers)}. "
@@ -234,7 +280,8 @@ class _Reader:
 
     def _rotation(self) -> tuple[int, str, bool]:
         """The channels of a head that are rotated, and how."""
-        if "position_embeddings" not in self.arguments or not getattr(self.module, self.family.rotates, True):
+        rotates = "position_embeddings" in self.arguments and not self._has_alibi()
+        if not rotates or not getattr(self.module, self.family.rotates, True):
             return 0, "half", False
         angles = frequencies(self.model, self.index)
         if angles is None:

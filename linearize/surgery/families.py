@@ -19,13 +19,16 @@ class Family:
 
 # By `model_type` in config.json.
 FAMILIES: dict[str, Family] = {
+    "bloom": Family(summary="BLOOM, with ALiBi, whose slopes start the decays"),
     "cohere": Family(summary="Command R: neighbouring channels rotate"),
     "cohere2": Family(summary="Command R7B: its full layers have no positions", rotates="sliding_window"),
-    "falcon": Family(summary="Falcon with rotary positions (ALiBi not yet)"),
+    "falcon": Family(summary="Falcon, with rotary positions or ALiBi"),
     "gemma": Family(summary="Gemma 1"),
+    "gemma2": Family(summary="Gemma 2: local and global layers, bounded logits"),
     "gemma3_text": Family(summary="Gemma 3's text models: local and global layers, norms on queries and keys"),
     "gpt2": Family(summary="GPT-2, with learned positions"),
     "gpt_neox": Family(summary="GPT-NeoX and Pythia"),
+    "gpt_oss": Family(summary="gpt-oss: local and global layers, a learned logit a head beside its keys'"),
     "granite": Family(summary="Granite 3, dense"),
     "llama": Family(summary="Llama 2 and 3, and what shares their layout (SmolLM2, TinyLlama, ...)"),
     "mistral": Family(summary="Mistral; its sliding window holds in kept heads"),

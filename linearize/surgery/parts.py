@@ -23,10 +23,16 @@ NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 # Attributes that hold the factor of q.k, and the channels of a head; by default D^-1/2, and hidden_size / heads.
 SCALES = ("scaling", "inv_norm_factor")
 HEAD_DIMS = ("head_dim", "head_size")
-# Attributes, of the module or the config, that are set where logits, or what makes them, are bounded.
-BOUNDS = ("attn_logit_softcapping", "clip_qkv")
+# Attributes, of the module or the config, that are set where logits are bounded by c tanh(s / c), and where what makes
+# them is bounded, which is not supported.
+CAPS = ("attn_logit_softcapping",)
+BOUNDS = ("clip_qkv",)
 # A parameter a head: one more logit without a value.
-SINKS = ("sinks",)
+NULLS = ("sinks",)
+# Of ALiBi: the function beside the module that makes its biases of (mask, heads, dtype), and the module's attribute
+# that holds their factor; by default 1.
+ALIBI_MAKERS = ("build_alibi_tensor",)
+ALIBI_SCALES = ("beta",)
 
 
 def first(module: nn.Module, names: tuple[str, ...], kind: type | tuple[type, ...]) -> str | None:

@@ -22,10 +22,10 @@ from ..errors import UserError
 from ..modeling import AttentionAnatomy
 from ..modeling.cache import CACHES
 from ..modeling.kept import kept_softmax, kept_window
-from ..modeling.layout import forget_layout, read_layout
+from ..modeling.layout import Layout, forget_layout, read_layout
 from ..modeling.projections import Projections
 from .anatomy import HOW_TO_ADD
-from .parts import parts_text
+from .parts import ALIBI_SCALES, first, parts_text
 
 # Tokens of a row, the pads on the left of the second, and the sliding window for as long as the proof takes: a longer
 # one would not show in so short a text.
@@ -34,8 +34,10 @@ TOKENS, PADS, WINDOW = 24, 7, 12
 TOLERANCE = 1e-4
 # Logits of a smaller spread would not show what is done to large ones: inputs are made louder, up to so many times.
 SPREAD, LOUDEST = 5.0, 10.0
-# Implementations that compute in fp64 as they do in bf16; others (flash) give way to sdpa.
+# Implementations that compute in fp64 as they do in bf16; others (flash) give way to the first that knows the logits.
 WIDE = ("sdpa", "eager")
+# ALiBi is rounded to the model's dtype, or to bf16 whatever that is.
+ROUNDED = 2.0**-7
 
 
 @dataclass
@@ -57,8 +59,13 @@ def proven_calls(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy]
     positions that the teacher has: some families scale their queries from some position on.
 
     Raises:
-        UserError: as `calls_of` and `prove`.
+        UserError: as `calls_of` and `prove`; the teacher runs an attention that leaves out what bounds its logits.
     """
+    if any(anatomy.logit_cap for anatomy in anatomies) and teacher.config._attn_implementation == "sdpa":
+        raise UserError(
+            f"{type(teacher).__name__} was loaded with sdpa attention, which does not bound its logits as its config "
+            "says: load it with attn_implementation='eager'"
+        )
     start = _last_start(teacher)
     if start:
         prove(teacher, anatomies, calls_of(teacher, anatomies, start))
@@ -92,13 +99,16 @@ def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], st
 
     def before(path: str, layer: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs.get("hidden_states")
-            if len(args) > 1 or not isinstance(x, Tensor):
+            named = dict(zip(inspect.signature(type(module).forward).parameters, (module, *args), strict=False))
+            x = named.get("hidden_states", kwargs.get("hidden_states"))
+            # The students' take the same by position: the input, and the residual where the anatomy has one.
+            if set(list(named)[1:]) - {"hidden_states", "residual"} or not isinstance(x, Tensor):
                 raise UserError(
                     f"{path} ({type(module).__name__}) is called with {len(args)} positional arguments and "
                     f"{', '.join(kwargs) or 'no others'}, where linearize knows hidden_states and named ones"
                 )
-            rest = {name: value for name, value in kwargs.items() if name != "hidden_states" and name not in CACHES}
+            given = {**dict(list(named.items())[1:]), **kwargs}
+            rest = {name: value for name, value in given.items() if name != "hidden_states" and name not in CACHES}
             norm = next((child for child, output in made.pop(layer, []) if output is x), None)
             calls[path] = Call(x, rest, norm)
 
@@ -116,8 +126,8 @@ def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], st
     try:
         if window is not None:
             teacher.config.sliding_window = min(window, WINDOW)
-        if implementation not in WIDE:
-            teacher.set_attn_implementation("sdpa")
+        if implementation not in _wide(anatomies):
+            teacher.set_attn_implementation(_wide(anatomies)[0])
         teacher.eval()
         teacher.base_model(**_text(teacher, start), use_cache=False)
     finally:
@@ -132,6 +142,11 @@ def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], st
     if missing:
         raise UserError(f"the model's forward does not call {', '.join(missing)}")
     return [calls[anatomy.path] for anatomy in anatomies]
+
+
+def _wide(anatomies: Sequence[AttentionAnatomy]) -> tuple[str, ...]:
+    """Those of `WIDE` that compute all of these."""
+    return WIDE[1:] if any(anatomy.logit_cap or anatomy.null_logits for anatomy in anatomies) else WIDE
 
 
 def _text(teacher: PreTrainedModel, start: int) -> dict[str, Tensor]:
@@ -187,8 +202,8 @@ def _error(module: nn.Module, anatomy: AttentionAnatomy, call: Call, dtype: torc
     """The relative error of the rebuilt module on what the teacher's was called with, at tokens that are no pads."""
     module = copy.deepcopy(module).to(dtype).eval()
     config: Any = getattr(module, "config", None)  # the copy's own
-    if config is not None and config._attn_implementation not in WIDE:
-        config._attn_implementation = "sdpa"
+    if config is not None and config._attn_implementation not in _wide([anatomy]):
+        config._attn_implementation = _wide([anatomy])[0]
     rebuilt = Projections(anatomy, module)
     x = torch.nan_to_num(call.hidden_states).to(dtype)
     kwargs = {name: _widened(value, dtype) for name, value in call.kwargs.items()}
@@ -196,6 +211,8 @@ def _error(module: nn.Module, anatomy: AttentionAnatomy, call: Call, dtype: torc
     # As it came: what is no key in a mask of floats is the lowest number of its own type.
     layout = read_layout(call.kwargs.get("attention_mask"), call.kwargs.get("position_ids"), *x.shape[:2])
     forget_layout()
+    if anatomy.alibi:
+        kwargs |= _unrounded(anatomy, module, layout, kwargs)
 
     q, k, _ = rebuilt.project(x, positions)
     logits = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(anatomy.group_size, 2)) * anatomy.scale
@@ -205,15 +222,47 @@ def _error(module: nn.Module, anatomy: AttentionAnatomy, call: Call, dtype: torc
     theirs = module(x, **kwargs)
     theirs = theirs[0] if isinstance(theirs, tuple) else theirs
     q, k, v = rebuilt.project(x, positions)
+    options: dict[str, Any] = {"scale": anatomy.scale, "layout": layout, "cache": None, "bend": rebuilt.bend(x.device)}
     if anatomy.window is None:
-        heads = kept_softmax(q, k, v, scale=anatomy.scale, layout=layout, cache=None)
+        heads = kept_softmax(q, k, v, **options)
     else:
-        window = min(anatomy.window, WINDOW)
-        heads = kept_window(q, k, v, scale=anatomy.scale, window=window, sinks=0, layout=layout, cache=None)
+        heads = kept_window(q, k, v, window=min(anatomy.window, WINDOW), sinks=0, **options)
     ours = rebuilt.put_out(heads)
+    if anatomy.adds_residual:
+        theirs = theirs - kwargs["residual"]
     if layout.real is not None:
         ours, theirs = ours[layout.real], theirs[layout.real]
     return float((ours - theirs).norm() / theirs.norm().clamp(min=torch.finfo(dtype).tiny))
+
+
+def _unrounded(
+    anatomy: AttentionAnatomy, module: nn.Module, layout: Layout, kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The biases among a call's arguments as they are before they are rounded: `alibi`, and masks that hold it.
+
+    Raises:
+        ValueError: they are no slope times a place, and not for rounding.
+    """
+    alibi = kwargs.get("alibi")
+    if not isinstance(alibi, Tensor):
+        raise ValueError("it is given no alibi")
+    batch, heads = alibi.numel() // (anatomy.num_heads * alibi.shape[-1]), anatomy.num_heads
+    real = layout.real if layout.real is not None else torch.ones(batch, alibi.shape[-1], device=alibi.device)
+    place = (real.long().cumsum(1) - 1).clamp(min=0)[:, None, None, :]  # of every key, [B, 1, 1, T]
+    exact = torch.tensor(anatomy.alibi, dtype=alibi.dtype, device=alibi.device)[:, None, None] * place
+    scale = first(module, ALIBI_SCALES, (int, float))
+    given = {"alibi": exact / (getattr(module, scale) if scale else 1.0)}
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.is_floating_point():
+        hidden = mask < -1e4
+        if bool((mask.masked_fill(hidden, 0) != 0).any()):
+            given["attention_mask"] = torch.where(hidden, mask, exact)
+    for name, value in given.items():
+        found = kwargs[name].view(batch, heads, -1, alibi.shape[-1])
+        off = (found - value).abs() > ROUNDED * value.abs() + 1e-6
+        if bool((off & real.bool()[:, None, None]).any()):
+            raise ValueError(f"its {name} is not what ALiBi's slopes make")
+    return {name: value.expand(batch, heads, -1, -1).reshape(kwargs[name].shape) for name, value in given.items()}
 
 
 def _widened(value: Any, dtype: torch.dtype) -> Any:

@@ -41,11 +41,17 @@ def _kind(turn: Callable[..., Any], dim: int) -> tuple[str, bool] | None:
     generator = torch.Generator().manual_seed(0)
     # Angles in fp32 beside states in bf16 show what is rounded when.
     q, k = (torch.randn(1, 2, 5, dim, generator=generator, device="cpu").bfloat16() for _ in range(2))
-    cos, sin = (torch.randn(1, 5, dim, generator=generator, device="cpu") for _ in range(2))
-    try:
-        want = turn(q, k, cos, sin)[0]
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        return None
+    for width in (dim, dim // 2):  # some give each angle once
+        cos, sin = (torch.randn(1, 5, width, generator=generator, device="cpu") for _ in range(2))
+        try:
+            want = turn(q, k, cos, sin)[0]
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            continue
+        return _how(q, cos, sin, want, dim)
+    return None
+
+
+def _how(q: Tensor, cos: Tensor, sin: Tensor, want: Tensor, dim: int) -> tuple[str, bool] | None:
     for how in KINDS["rotary"]:
         for wide in (False, True):
             got = rotate(q.transpose(1, 2), cos, sin, dim, how, wide).transpose(1, 2)

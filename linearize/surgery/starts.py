@@ -7,6 +7,7 @@ moments of q, k and v follow from the projections. Where no norm comes before it
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..modeling import LinearizeAttention
 from ..modeling.based import Based
+from ..modeling.decay import DecayingMixer
 from ..modeling.joins import UnnormalizedMixer
 from ..modeling.projections import rotate
 
@@ -25,7 +27,8 @@ Q, K, V = range(3)
 def start_from_weights(
     attention: LinearizeAttention, norm: nn.Module | None, inv_freq: Tensor | None, size: float = 1.0
 ) -> None:
-    """Sets what the weights determine: Based's projections, and the scale of an unnormalised linear branch.
+    """Sets what the weights determine: Based's projections, decays where ALiBi tells them, and the scale of an
+    unnormalised linear branch.
 
     Args:
         attention: a swapped module with the teacher's projections already in it.
@@ -37,8 +40,19 @@ def start_from_weights(
     if isinstance(mixer, Based):
         moments = [second_moment(attention, which, norm, inv_freq, size) for which in (Q, K)]
         based_projections(attention, mixer, *moments)
+    if isinstance(mixer, DecayingMixer) and attention.anatomy.alibi:
+        mixer.set_half_lives(alibi_half_lives(attention).to(attention.device))
     if isinstance(mixer, UnnormalizedMixer):
         _start_scale(attention, mixer, norm, size)
+
+
+def alibi_half_lives(attention: LinearizeAttention) -> Tensor:
+    """Half-lives [num_states] in tokens: under ALiBi a key's weight, e^(-slope d), halves in ln 2 / slope. Heads that
+    share a state get their geometric mean."""
+    anatomy = attention.anatomy
+    size = anatomy.group_size
+    slopes = torch.tensor(anatomy.alibi).unflatten(0, (-1, size))[attention.mixer_groups].flatten()
+    return (math.log(2) / slopes).log().unflatten(0, (attention.mixer.num_states, -1)).mean(1).exp()
 
 
 def _gain_and_shift(norm: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
