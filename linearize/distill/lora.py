@@ -16,7 +16,8 @@ def lora_targets(student: Any, on: str) -> list[str]:
     """Full names of the linear layers that get LoRA.
 
     `on`: "swapped", the projections of swapped attention; "qkv", those without the output's; "attention", those of the
-    kept softmax layers too; "linear", every linear layer of the decoder (never a mixer's, never the head).
+    kept softmax layers too; "linear", every linear layer of the decoder (never a mixer's, never the head; experts are
+    tensors of no layer in transformers, and stay as they are).
     """
     paths = [attention.path for _, attention in student.mixer_layers()]
     linear = [name for name, module in student.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
