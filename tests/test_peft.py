@@ -24,6 +24,10 @@ from linearize.convert import convert
 from linearize.distill.lora import attach_lora, lora_targets, merged, unloaded
 from linearize.modeling import LinearizeForCausalLM
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning"),  # has another name
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out"),
+]
 NAMES = [*CONVERTED, *UNLISTED]
 KEEP = "heads:0.1,1.2"
 FUSED = {"gpt2": "c_attn", "gpt_neox": "query_key_value", "falcon": "query_key_value", "phi3": "qkv_proj"}
@@ -156,6 +160,7 @@ def test_merging_is_exact_but_for_roundings(mixer):
     assert relative_error(logits(unloaded(again)), before) < 1e-12
 
 
+@pytest.mark.filterwarnings("error:fan_in_fan_out")
 @pytest.mark.parametrize("on", ["swapped", "qkv", "attention", "linear"])
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "phi3"])
 def test_targets_leave_out_what_they_say(name, on):

@@ -50,11 +50,13 @@ def attach_lora(student: Any, *, rank: int, alpha: float | None, dropout: float,
         for _, attention in student.mixer_layers()
         if any(True for _ in attention.mixer.parameters())
     ]
+    targets = lora_targets(student, on)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type]
         lora_dropout=dropout,
-        target_modules=lora_targets(student, on),
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(student.get_submodule(name), Conv1D) for name in targets),  # else peft warns
         modules_to_save=mixer_paths if mixers and mixer_paths else None,
         task_type="CAUSAL_LM",
     )
