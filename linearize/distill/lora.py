@@ -16,7 +16,8 @@ def lora_targets(student: Any, on: str) -> list[str]:
     """Full names of the linear layers that get LoRA.
 
     `on`: "swapped", the projections of swapped attention; "qkv", those without the output's; "attention", those of the
-    kept softmax layers too; "linear", every linear layer of the decoder (never a mixer's, never the head).
+    kept softmax layers too; "linear", every linear layer of the decoder (never a mixer's, never the head; experts are
+    tensors of no layer in transformers, and stay as they are).
     """
     paths = [attention.path for _, attention in student.mixer_layers()]
     linear = [name for name, module in student.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
@@ -49,11 +50,13 @@ def attach_lora(student: Any, *, rank: int, alpha: float | None, dropout: float,
         for _, attention in student.mixer_layers()
         if any(True for _ in attention.mixer.parameters())
     ]
+    targets = lora_targets(student, on)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type]
         lora_dropout=dropout,
-        target_modules=lora_targets(student, on),
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(student.get_submodule(name), Conv1D) for name in targets),  # else peft warns
         modules_to_save=mixer_paths if mixers and mixer_paths else None,
         task_type="CAUSAL_LM",
     )

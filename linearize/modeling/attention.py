@@ -143,11 +143,16 @@ class LinearizeAttention(Projections):
         collator gives it.
 
         Raises:
-            ValueError: packed documents together with a cache.
+            ValueError: packed documents together with a cache, or a cache of another number of rows.
         """
         batch, tokens, _ = hidden_states.shape
         q, k, v = self.project(hidden_states, position_embeddings)
         cache = mixer_cache_layer(layer_past if past_key_values is None else past_key_values, self.layer_idx)
+        if cache is not None and cache.batch_size not in (-1, batch):
+            raise ValueError(
+                f"the cache holds {cache.batch_size} rows, and the input has {batch}: repeat or pick its rows by "
+                "batch_repeat_interleave or batch_select_indices"
+            )
         if (bounds := kwargs.get("cu_seq_lens_q")) is not None and batch == 1:
             layout = Layout(cu_seqlens=bounds.long())
         else:

@@ -27,18 +27,26 @@ class MixerCacheLayer(CacheLayerMixin):
         max_cache_len: tokens that a static cache was made for; None in a cache that grows. A static cache counts in a
             tensor, which compiled code needs, and holds that many keys of kept heads.
         counter: the layer that counts for all of a static cache; None: this one does.
+        layers: all layers of a cache that offloads keys; None in one that does not.
     """
 
     is_sliding = False
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, max_cache_len: int | None = None, counter: MixerCacheLayer | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        max_cache_len: int | None = None,
+        counter: MixerCacheLayer | None = None,
+        layers: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         self.tensors: dict[str, Tensor] = {}
         self.max_cache_len = max_cache_len
         self.is_compileable = max_cache_len is not None
         self.counter = counter
+        self.layers = layers
         self.seen = 0  # of a cache that grows
         self.padded = False  # whether kept heads must mind pads
         self.count: Tensor | None = None  # of a static one
@@ -47,7 +55,10 @@ class MixerCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise RuntimeError("a swapped layer writes its own state; it has no keys and values for `Cache.update`")
+        raise RuntimeError(
+            "this cache was filled by a converted model, whose swapped layers keep a state and no keys and values; "
+            "pass a fresh cache to another model"
+        )
 
     @property
     def is_static(self) -> bool:
@@ -127,7 +138,13 @@ class MixerCacheLayer(CacheLayerMixin):
         self._apply(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """States move back to the device in the layer's own forward, which knows it."""
+        """Fetches the next layer's keys: a cache asks for the layer after the one that runs, which may be this, whose
+        state stays where it is."""
+        layers = self.layers or []
+        at = layers.index(self) if layers else 0
+        for layer in layers[at + 1 :] + layers[:at]:
+            if layer.keys is not None and layer.keys.device != layer.device:
+                return layer.prefetch()
 
     def reset(self) -> None:
         """Forgets everything; a static layer keeps its tensors, all zero."""
@@ -149,9 +166,11 @@ class MixerCacheLayer(CacheLayerMixin):
         self._apply(lambda tensor: tensor[indices.to(tensor.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError(
-            "the state of a linear-time layer cannot go back: assisted decoding and cropping need a softmax model"
-        )
+        if tokens_to_remove:
+            raise NotImplementedError(
+                "the state of a linear-time layer cannot go back, so its cache cannot be cropped: keep a copy.deepcopy "
+                "of the cache from before the tokens that you may want removed"
+            )
 
 
 def _writable(tensor: Tensor) -> bool:
@@ -172,21 +191,25 @@ def mixer_cache_layer(cache: Cache | None, index: int) -> MixerCacheLayer | None
     if cache is None:
         return None
     if isinstance(cache, QuantizedCache):
-        raise ValueError("a quantised cache holds keys and values only; a converted model keeps recurrent states")
+        raise ValueError(
+            "a quantised cache holds keys and values only, and a converted model keeps recurrent states: pass a "
+            "DynamicCache or a StaticCache"
+        )
     layers: list[Any] = cache.layers
+    offloaded = layers if getattr(cache, "offloading", False) else None
     while len(layers) <= index:
-        layers.append(MixerCacheLayer())
+        layers.append(MixerCacheLayer(layers=offloaded))
     layer = layers[index]
     if isinstance(layer, MixerCacheLayer):
         return layer
     if layer.is_initialized and layer.get_seq_length() > 0:
         raise ValueError(f"layer {index} of the cache holds another model's keys; pass a fresh cache")
-    fresh = MixerCacheLayer()
+    fresh = MixerCacheLayer(layers=offloaded)
     if isinstance(layer, StaticLayer):
         # The length that was asked for; a sliding layer's own is cut to its window.
         length = max(getattr(other, "max_cache_len", None) or 0 for other in layers)
         counter = next((other for other in layers if isinstance(other, MixerCacheLayer)), None)
-        fresh = MixerCacheLayer(max_cache_len=length, counter=counter)
+        fresh = MixerCacheLayer(max_cache_len=length, counter=counter, layers=offloaded)
     layers[index] = fresh
     return fresh
 

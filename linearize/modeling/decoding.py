@@ -49,6 +49,8 @@ class GraphedDecoding:
         added = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
         if added and kwargs.get("past_key_values") is not None and self._all_swapped():
             kwargs["attention_mask"] = None
+        if kwargs.get("past_key_values") is None:
+            kwargs["next_sequence_length"] = None  # Phi-3's class drops a cache, and in 5.17 forgets to read all anew
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
 
     def create_masks_for_generate(self, *, inputs_embeds: Tensor, attention_mask: Any, **kwargs: Any) -> Any:

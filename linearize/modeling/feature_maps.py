@@ -30,7 +30,8 @@ class FeatureMap(nn.Module):
 
     def step(self, x: Tensor) -> tuple[Tensor, str]:
         """For one token, x [B, heads, head_dim]: what a `feature` of the recurrent step turns into this map's features,
-        and that feature's name (see step_reference.py)."""
+        and that feature's name (see step_reference.py). This way, through `forward`, is the one for weights that are
+        offloaded: accelerate brings them for a module's call alone."""
         return self(x.unsqueeze(1)).squeeze(1), "none"
 
 
@@ -55,6 +56,8 @@ class Hedgehog(FeatureMap):
         return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1).to(x.dtype)
 
     def step(self, x: Tensor) -> tuple[Tensor, str]:
+        if self.weight.is_meta:
+            return super().step(x)
         return torch.einsum("bhd,hde->bhe", x.to(self.weight.dtype), self.weight), "hedgehog"
 
 
@@ -77,6 +80,8 @@ class T2R(FeatureMap):
         return F.relu(y)
 
     def step(self, x: Tensor) -> tuple[Tensor, str]:
+        if self.weight.is_meta:
+            return super().step(x)
         return torch.einsum("bhd,hde->bhe", x.to(self.weight.dtype), self.weight) + self.bias, "relu"
 
 

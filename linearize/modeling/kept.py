@@ -147,6 +147,8 @@ def _static(
     assert cache.max_cache_len is not None
     batch, tokens, heads, dim = q.shape
     groups = k.shape[2]
+    if tokens > cache.max_cache_len:
+        raise ValueError(f"the cache was made for {cache.max_cache_len} tokens, and {tokens} came: pass a longer one")
     fresh = cache.get("softmax_k") is None
     if fresh:
         for name in ("softmax_k", "softmax_v"):

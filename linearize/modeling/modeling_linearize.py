@@ -23,6 +23,7 @@ from .cache import MixerCacheLayer
 from .configuration_linearize import AttentionAnatomy, LinearizeConfig
 from .decoding import GraphedDecoding
 from .gated_delta import GatedDelta
+from .generation import StatefulGeneration
 from .gla import GLA
 from .layout import forget_layout, refuse
 from .linear import LinearAttention
@@ -57,7 +58,7 @@ def parent_class(config: LinearizeConfig) -> type[PreTrainedModel]:
     return mapping[type(config.parent_config)]
 
 
-class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
+class LinearizeForCausalLM(StatefulGeneration, GraphedDecoding, PreTrainedModel, GenerationMixin):
     """The teacher's class with swapped attention; modules and tensors keep the teacher's names.
 
     Its children are the teacher class's own, and `forward` is that class's, run on this module.
@@ -65,7 +66,6 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
 
     config_class = LinearizeConfig
     supports_gradient_checkpointing = True
-    _is_stateful = True  # a recurrent state cannot go back, so assisted decoding is refused
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -96,6 +96,7 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
         for name, child in parent.named_children():
             self.add_module(name, child)
         self._parent_class = parent_type
+        self._is_stateful = bool(config.swapped())
         for attribute in (
             "_tied_weights_keys",
             "_no_split_modules",
@@ -157,6 +158,10 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
     ) -> Any:
         """The teacher class's forward, arguments and all. With a cache, pads must be on the left.
 
+        `output_attentions` gives what transformers' own hybrids give: one entry [B, H, T, T] for each layer that
+        attends by softmax alone, in their order, with the "eager" attention implementation. A swapped layer makes no
+        such matrix, for the heads in it that stayed softmax either.
+
         Raises:
             ValueError: a cache together with packed documents or pads on the right; a 4D mask; a static cache with
                 whole layers of softmax under ALiBi.
@@ -185,10 +190,11 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
                     )
             elif position_ids is not None and not torch.compiler.is_compiling() and bool(mask.all()):
                 attention_mask = None  # transformers looks for packed documents only where there is no mask
-        if self.config.output_hidden_states:
-            kwargs.setdefault("output_hidden_states", True)
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(self.config, name):
+                kwargs.setdefault(name, True)
         try:
-            return self._parent_class.forward(
+            outputs = self._parent_class.forward(
                 self,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -202,6 +208,9 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
             )
         finally:
             forget_layout()
+        if getattr(outputs, "attentions", None):
+            outputs.attentions = tuple(weights for weights in outputs.attentions if weights is not None)
+        return outputs
 
     def _has_softmax_under_alibi(self) -> bool:
         whole = len(self.config.swapped()) < len(self.config.layers)
@@ -239,8 +248,20 @@ class LinearizeForCausalLM(GraphedDecoding, PreTrainedModel, GenerationMixin):
             set_peft_model_state_dict(self, own, adapter_name or "default")
         return info
 
+    def enable_adapters(self) -> None:
+        """As transformers'; and what the adapter trained whole, which it switches off and not on again."""
+        super().enable_adapters()
+        from peft.utils import ModulesToSaveWrapper
+
+        for module in self.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module.enable_adapters(enabled=True)
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Saves weights and config, and this folder's code beside them, for who has no linearize installed."""
+        """Saves weights and config, and this folder's code beside them, for who has no linearize installed; with an
+        adapter (`add_adapter`) the adapter alone, as transformers does."""
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return super().save_pretrained(save_directory, *args, **kwargs)
         self.config.auto_map = dict(AUTO_MAP)
         # Before the weights, so that `push_to_hub=True` uploads the code with them.
         folder = Path(save_directory)
