@@ -41,6 +41,8 @@ class _Verbs(click.Group):
 def _message(error: Exception) -> str:
     """One line on what went wrong and what to do."""
     text = " ".join(str(error).split("\n")).strip() or "no message"
+    text = text.encode(errors="backslashreplace").decode()  # what a damaged file holds may not be printable
+    text = text if len(text) < 2000 else f"{text[:2000]} ..."
     if isinstance(error, UserError):
         return text
     from .output import is_disk_full

@@ -62,6 +62,8 @@ def _check_file(file: Path) -> None:
         raise UserError(f"--dataset: there is no file {file}; check the path (a Hub name has no comma and no suffix)")
     if file.is_dir():
         raise UserError(f"--dataset: {file} is a folder; name its files ({', '.join(SUFFIXES)}), separated by commas")
+    if not file.is_file():
+        raise UserError(f"--dataset: {file} is no plain file (a pipe or a device?); give one of {', '.join(SUFFIXES)}")
     if not file.name.endswith(SUFFIXES):
         raise UserError(f"--dataset: {file} is of an unknown kind; there are {', '.join(SUFFIXES)}")
 
@@ -129,7 +131,7 @@ def _read_lines(file: Path, text_field: str) -> Iterator[Row]:
             where = f"{file}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: not a JSON object ({error}); repair or remove the line") from error
             if not isinstance(row, dict):
                 raise UserError(f"{where}: a JSON object is needed on each line, not {type(row).__name__}")

@@ -142,7 +142,7 @@ def load(
             _set(raw, given, value, "--set")
     to = _mixer(raw, where)
     for name, overrides in raw.pop("per_mixer", {}).items():
-        _check_mixer(name)
+        _check_mixer(str(name))
         if not isinstance(overrides, dict):
             raise UsageError(f"{where}: per_mixer.{name} must map keys as stages.transfer.learning_rate to values")
         scratch = raw if name == to else copy.deepcopy(raw)
@@ -196,7 +196,7 @@ def _check_top(raw: dict[str, Any], where: str) -> None:
             )
         names.append(name)
         kind = stage.get("kind")
-        if kind not in STAGE_KINDS:
+        if not isinstance(kind, str) or kind not in STAGE_KINDS:
             raise UsageError(f"{where}, stage {name}: kind must be one of {', '.join(STAGE_KINDS)}, got {kind!r}")
         document.check_keys(stage, _stage_keys(kind), f"{where}, stage {name}")
 

@@ -22,6 +22,7 @@ from ..device import chosen_device
 from ..distill.options import LogitOptions, with_overrides
 from ..distill.work import LOG_FILE, RecipeStage
 from ..errors import UsageError, UserError
+from ..json_files import read_lines, read_object
 from ..output import check_new, put_in_place
 from ..rows import TextSource
 from ..source import ModelSource, load_model, load_student, load_tokenizer, parse_device, parse_dtype
@@ -163,10 +164,7 @@ class _Run:
         if resume:
             path = self.work / STATE
             if path.is_file():
-                try:
-                    self.state = json.loads(path.read_text(encoding="utf-8"))
-                except ValueError:
-                    raise UserError(f"{path} is damaged; remove it: the folders' own records remain") from None
+                self.state = read_object(path, "remove it: the folders' own records remain")
             whole = [index for index, folder in enumerate(self.folders) if folder.is_dir()]
             self.done = whole[-1] + 1 if whole else 0
             strangers = [path.name for path in there if path.name.removesuffix(".work") not in self._names()]
@@ -340,4 +338,4 @@ def _temperature(stage: Stage) -> float:
 
 def _log_of(folder: Path) -> list[dict[str, Any]]:
     path = folder / LOG_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return read_lines(path) if path.is_file() else []

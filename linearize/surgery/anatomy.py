@@ -49,7 +49,7 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The teacher's class without weights, on the meta device: shapes and names in a second, whatever its size.
 
     Raises:
-        UserError: as `family_of`.
+        UserError: as `family_of`; a config of which transformers makes no model.
     """
     family_of(config)
     # A config as old as its checkpoint makes transformers warn about fields that conversion does not touch.
@@ -59,6 +59,12 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"transformers makes no model of this config ({type(error).__name__}: {said[:300]}): a number or a name in "
+            "config.json is wrong; download it again"
+        ) from error
     finally:
         logger.setLevel(level)
 
