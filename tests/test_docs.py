@@ -18,13 +18,11 @@ from linearize.cli import main
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-BLOCK = re.compile(r"(<!-- not run: .* -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"(<!-- not run: [^\n]* -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 FEW = {"--max-length": "80", "--batch-size": "4"}
 EVAL = "--context 80 --sequences 2 --recall-passages 1 --recall-length 40 --retrieval-contexts 80 --retrieval-items 1"
 # What makes a command small enough for a test, by its verb.
 SMALL = {
-    "convert": "",
-    "generate": "",
     "eval": f"{EVAL} --agreement-prompts 1 --device cpu",
     "bench kernels": "--device cpu --tokens 64 --heads 2 --head-dim 16 --ops linear",
     "bench model": "--device cpu --contexts 1,40 --batch 1 --new-tokens 4",
@@ -63,7 +61,10 @@ def words_of(command: str, teacher: Path) -> tuple[list[str], str | None]:
     verb = " ".join(words[1:3]) if words[1] == "bench" else words[1]
     if "--tokens" in words and verb != "bench kernels":
         words[words.index("--tokens") + 1] = "4096" if verb == "run" else "1500"
-    return words[1:] + SMALL.get(verb, "").split(), target or None
+    small = SMALL.get(verb, "").split()
+    if "--calibrate" in words:
+        small += ["--calibrate-sequences", "4", "--calibrate-length", "100"]
+    return words[1:] + small, target or None
 
 
 def commands_of(block: str) -> list[str]:
