@@ -55,7 +55,7 @@ def as_written(folder: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder}: a JSON file there (config.json, linearize.json, a record or a result) holds what linearize "
             f"does not write ({type(error).__name__}: {' '.join(str(error).split())[:200]}); make the folder again, or "

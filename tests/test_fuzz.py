@@ -9,6 +9,7 @@ import faulthandler
 import gzip
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -22,7 +23,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from click.testing import CliRunner
-from conftest import tiny_teacher
+from conftest import tiny_config, tiny_teacher
 from corruptions import damage, put
 from test_cli import rows, teacher_at
 from test_source import write_gguf
@@ -84,6 +85,17 @@ TARGETS: list[tuple[int, str, str]] = [
     (6, f"run recipe.yaml teacher --dataset text.jsonl -o out --dry-run {RECIPE_SMALL}", "recipe.yaml"),
     (2, f"run recipe.yaml teacher --dataset text.jsonl -o out {RECIPE_SMALL}", "recipe.yaml"),
     (1, f"run recipe.yaml teacher --dataset text.jsonl -o out {RECIPE_SMALL}", "teacher/config.json"),
+    (1, f"run recipe.yaml teacher --dataset text.jsonl -o out --resume {RECIPE_SMALL}", "out.work/recipe.json"),
+    (
+        1,
+        f"run recipe.yaml teacher --dataset text.jsonl -o out --resume {RECIPE_SMALL}",
+        "out.work/1-convert/config.json",
+    ),
+    (
+        1,
+        f"run recipe.yaml teacher --dataset text.jsonl -o out --resume {RECIPE_SMALL}",
+        "out.work/1-convert/linearize.json",
+    ),
     (2, "push student me/student --dry-run", "student/config.json"),
     (1, "push student me/student --dry-run", "student/model.safetensors"),
     (2, "push student me/student --dry-run --json", "student/linearize.json"),
@@ -149,8 +161,8 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stopped(world) -> Path:
-    """The work folder of a run that ended after a step."""
+def stopped(world) -> dict[str, Path]:
+    """The work folders of a `distill` that ended after a step, and of a `run` that ended before its last stage."""
     step, taken = StageTrainer.training_step, []
 
     def stop(self, *args, **kwargs):
@@ -163,7 +175,12 @@ def stopped(world) -> Path:
         patch.setattr(StageTrainer, "training_step", stop)
         done = CliRunner().invoke(main, f"{DISTILL} --stage transfer --save-steps 1".split())
     assert (world / "out.work" / "transfer" / "checkpoint-1" / "trainer_state.json").is_file(), done.output
-    return (world / "out.work").rename(world / "stopped")
+    found = {"distill": (world / "out.work").rename(world / "distill.work")}
+    with standing_in(world):
+        done = CliRunner().invoke(main, f"run recipe.yaml teacher --dataset text.jsonl -o out {RECIPE_SMALL}".split())
+    assert done.exit_code == 0, done.output
+    shutil.rmtree(world / "out")
+    return found | {"run": (world / "out.work").rename(world / "run.work")}
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -217,6 +234,27 @@ def parameters():
         yield pytest.param(case, marks=[pytest.mark.slow] if case % DEFAULT else [])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("num_hidden_layers", value) for value in (10**9, -1, 0, 1.5, "2", True, [])),
+        *(("hidden_size", value) for value in (0, -64, 2**40, {})),
+        *((name, value) for name in ("num_attention_heads", "num_key_value_heads", "head_dim") for value in (0, -1, 3)),
+        *((name, value) for name in ("vocab_size", "intermediate_size") for value in (0, -1)),
+        *(("sliding_window", value) for value in (2.5, "8", math.nan)),
+        *(("hidden_act", value) for value in ("4", None, [])),
+        *(("rope_parameters", value) for value in (1, {"rope_type": []}, {"rope_type": "default", "rope_theta": {}})),
+        *(("dtype", value) for value in (1, {}, "float128")),
+        *(("layer_types", value) for value in (["full_attention"], [1, 2], "full_attention")),
+    ],
+)
+def test_a_config_with_a_wrong_number(name, value, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict() | {name: value}))
+    result, escaped = invoke(f"plan {tmp_path / 'config.json'} --to gla")
+    assert not escaped and "not foreseen" not in result.output, (result.output, escaped)
+    assert result.exit_code in (0, 1)
+
+
 @pytest.mark.parametrize("case", parameters())
 def test_a_corruption_is_said_in_one_line(case, world, stopped, tmp_path):
     draw = random.Random(f"{SEED} {case}")
@@ -227,7 +265,7 @@ def test_a_corruption_is_said_in_one_line(case, world, stopped, tmp_path):
     here.mkdir()
     for name in {word.split("/")[0] for word in (*command.split(), victim)}:
         if name == "out.work":
-            put(stopped, here / name)
+            put(stopped[command.split()[0]], here / name)
         elif (world / name).exists():
             put(world / name, here / name)
     if (here / "adapter").exists():

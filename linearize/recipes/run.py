@@ -164,7 +164,7 @@ class _Run:
         if resume:
             path = self.work / STATE
             if path.is_file():
-                self.state = read_object(path, "remove it: the folders' own records remain")
+                self.state = _state(path)
             whole = [index for index, folder in enumerate(self.folders) if folder.is_dir()]
             self.done = whole[-1] + 1 if whole else 0
             strangers = [path.name for path in there if path.name.removesuffix(".work") not in self._names()]
@@ -322,6 +322,21 @@ class _Run:
         facts = self.state["stages"].get(self.folders[index].name, {})
         known = {key: facts[key] for key in ("steps", "tokens", "loss", "seconds") if key in facts}
         return StageRun(**{**asdict(self.planned(index)), **known})
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """What a run wrote of itself. Raises UserError where it is damaged."""
+    advice = "remove it: the folders' own records remain"
+    state = read_object(path, advice)
+    stages = state.get("stages")
+    figures = [state.get("start_kl")]
+    for facts in stages.values() if isinstance(stages, dict) else [None]:
+        if not isinstance(facts, dict) or not isinstance(facts.get("hash"), str):
+            raise UserError(f"{path} is damaged; {advice}")
+        figures += [facts.get(name) for name in ("steps", "tokens", "loss", "seconds")]
+    if not all(figure is None or type(figure) in (int, float) for figure in figures):
+        raise UserError(f"{path} is damaged; {advice}")
+    return state
 
 
 def _has_kl(stage: Stage) -> bool:

@@ -78,7 +78,12 @@ def read_anatomy(model: PreTrainedModel) -> list[AttentionAnatomy]:
     """
     family = family_of(model.config)
     layers, attention = _find_layers(model)
-    return [_Reader(model, family, index, f"{layers}.{index}.{attention}").read() for index in range(_depth(model))]
+    try:
+        return [_Reader(model, family, index, f"{layers}.{index}.{attention}").read() for index in range(_depth(model))]
+    except UserError:
+        raise
+    except ValueError as error:  # a fact that no attention has
+        raise UserError(str(error)) from error
 
 
 def _depth(model: PreTrainedModel) -> int:
