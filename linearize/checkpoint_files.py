@@ -41,9 +41,9 @@ def check_folder(folder: Path) -> None:
         shards: dict[str, list[str]] = {}
         for tensor, shard in weight_map.items():
             shards.setdefault(shard, []).append(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is not a shard index ({error!r}); download the model again") from error
-    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise UserError(f"{index} is not a shard index ({repr(error)[:300]}); download the model again") from error
     if missing:
         raise UserError(
             f"{folder}: {len(missing)} of the {len(shards)} shards named in {index.name} are missing "
@@ -79,10 +79,16 @@ def check_safetensors(path: Path) -> dict[str, Any]:
     try:
         header = json.loads(raw)
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        spans = sorted((*entry["data_offsets"], name) for name, entry in tensors.items())
+        spans = sorted(
+            (start, stop, name) for name, entry in tensors.items() for start, stop in [entry["data_offsets"]]
+        )
         bits = {name: _BITS.get(entry["dtype"]) for name, entry in tensors.items()}
         counts = {name: math.prod(entry["shape"]) for name, entry in tensors.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(
+            isinstance(number, int) for number in (*(at for span in spans for at in span[:2]), *counts.values())
+        ):
+            raise ValueError("a shape or an offset is no whole number")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(_damaged(path, f"its header cannot be read ({error!r})")) from error
     end = 0
     for start, stop, name in spans:

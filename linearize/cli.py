@@ -41,6 +41,8 @@ class _Verbs(click.Group):
 def _message(error: Exception) -> str:
     """One line on what went wrong and what to do."""
     text = " ".join(str(error).split("\n")).strip() or "no message"
+    text = text.encode(errors="backslashreplace").decode()  # what a damaged file holds may not be printable
+    text = text if len(text) < 2000 else f"{text[:2000]} ..."
     if isinstance(error, UserError):
         return text
     from .output import is_disk_full
@@ -117,7 +119,12 @@ def _swap(options: dict[str, Any]) -> dict[str, Any]:
 @click.argument("what", type=click.Choice(["mixers", "families", "recipes"]), default=None, required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def ls(what: str | None, as_json: bool) -> None:
-    """List the mixers, the model families and the recipes there are."""
+    """List the mixers, the model families and the recipes there are.
+
+    \b
+    linearize ls
+    linearize ls mixers --json
+    """
     from . import mixers
     from .recipes import shipped
     from .surgery.families import FAMILIES
@@ -135,6 +142,10 @@ def ls(what: str | None, as_json: bool) -> None:
         click.echo(f"{title}:")
         for name, line in entries.items():
             click.echo(f"  {name:<16}{line}")
+    if "families" in chosen:
+        click.echo("Other families convert too, if their attention is made of the same parts: plan tells.")
+    if what is None:
+        click.echo("next: linearize plan MODEL --to MIXER, or linearize demo")
 
 
 @main.command("plan")
@@ -618,7 +629,12 @@ def push_verb(folder: Path, repo: str, as_json: bool, **options: Any) -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=None, help="Keep the distilled student here.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def demo_verb(to: str, out: Path | None, as_json: bool) -> None:
-    """Convert, distil, evaluate and generate with the embedded teacher: no network, at most 3 minutes on 2 cores."""
+    """Convert, distil, evaluate and generate with the embedded teacher: no network, at most 3 minutes on 2 cores.
+
+    \b
+    linearize demo
+    linearize demo --to gla -o student
+    """
     from .demo.run import format_demo, run_demo
 
     _quiet()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
+from .json_files import read_object
 from .version import __version__
 
 FILE = "linearize.json"
@@ -87,15 +87,7 @@ def write(folder: str | Path, record: dict[str, Any]) -> None:
 def read(folder: str | Path) -> dict[str, Any] | None:
     """The record of `folder`, None where there is none. Raises UserError for one that is no JSON object."""
     path = Path(folder) / FILE
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); repair or remove it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object; repair or remove it")
-    return found
+    return read_object(path) if path.is_file() else None
 
 
 def parent_hash(path: str | Path) -> str:

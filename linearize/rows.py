@@ -62,6 +62,8 @@ def _check_file(file: Path) -> None:
         raise UserError(f"--dataset: there is no file {file}; check the path (a Hub name has no comma and no suffix)")
     if file.is_dir():
         raise UserError(f"--dataset: {file} is a folder; name its files ({', '.join(SUFFIXES)}), separated by commas")
+    if not file.is_file():
+        raise UserError(f"--dataset: {file} is no plain file (a pipe or a device?); give one of {', '.join(SUFFIXES)}")
     if not file.name.endswith(SUFFIXES):
         raise UserError(f"--dataset: {file} is of an unknown kind; there are {', '.join(SUFFIXES)}")
 
@@ -129,7 +131,7 @@ def _read_lines(file: Path, text_field: str) -> Iterator[Row]:
             where = f"{file}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: not a JSON object ({error}); repair or remove the line") from error
             if not isinstance(row, dict):
                 raise UserError(f"{where}: a JSON object is needed on each line, not {type(row).__name__}")
@@ -147,16 +149,23 @@ class _Column(Sequence):
             raise UserError(f"{file}: reading parquet needs pyarrow: pip install pyarrow") from error
         try:
             opened = parquet.ParquetFile(file)
-        except (ValueError, OSError) as error:  # pyarrow's own errors are ValueErrors
+            names = opened.schema_arrow.names
+        except (ValueError, OSError, NotImplementedError) as error:  # pyarrow's own errors are of these
             raise UserError(f"{file} is truncated or no parquet file ({error}); download it again") from error
-        self.field = field_of(dict.fromkeys(opened.schema_arrow.names), text_field, str(file), typed=False)
-        self.column = opened.read(columns=[self.field]).column(0)
+        self.file, self.field = file, field_of(dict.fromkeys(names), text_field, str(file), typed=False)
+        try:
+            self.column = opened.read(columns=[self.field]).column(0)
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise UserError(f"{file} is damaged ({error}); download it again") from error
 
     def __len__(self) -> int:
         return len(self.column)
 
     def __getitem__(self, index: Any) -> Any:
-        return {self.field: self.column[index].as_py()}
+        try:
+            return {self.field: self.column[index].as_py()}
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.file}, row {index}: not UTF-8 text ({error}); download it again") from error
 
 
 def field_of(row: Row, text_field: str, where: str, *, typed: bool = True) -> str:
@@ -171,7 +180,13 @@ def field_of(row: Row, text_field: str, where: str, *, typed: bool = True) -> st
             f"{where} has no field {text_field!r}; it has: {', '.join(row) or 'none'}; "
             "name the text's field with --text-field"
         )
-    if typed and row[text_field] is not None and not isinstance(row[text_field], str):
+    text = row[text_field]
+    if typed and isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell what is no text
+            raise UserError(f"{where}: the field {text_field!r} is no text ({error}); repair or remove it") from error
+    elif typed and text is not None:
         raise UserError(
             f"{where}: the field {text_field!r} is {type(row[text_field]).__name__}, not text; "
             "name the text's field with --text-field"

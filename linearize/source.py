@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +14,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from .checkpoint_files import block_sizes, check_folder, gguf_names
 from .errors import UsageError, UserError
 from .gguf_model import gguf_config, gguf_tokenizer, load_gguf
+from .json_files import read_object
 from .load_errors import said_clearly
 
 DTYPES: dict[str, str | torch.dtype] = {
     **{"auto": "auto", "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16},
     **{"bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16},
 }
+# Parts that a config counts, each a module or more of its own.
+_COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
+_MOST = 10_000
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _AT = re.compile(r"(?P<model>\w[\w.-]*(/\w[\w.-]*)?)@(?P<revision>[\w./-]+)")
 
@@ -88,7 +91,16 @@ def load_config(src: str | Path | ModelSource) -> PreTrainedConfig:
         if base := _adapter_base(src, place):
             return load_config(base)
         where = place.repo if place.config_file is None else str(place.config_file)
-        return AutoConfig.from_pretrained(where, **_remote(src))
+        return _of_a_size(AutoConfig.from_pretrained(where, **_remote(src)), src)
+
+
+def _of_a_size(config: Any, src: ModelSource) -> PreTrainedConfig:
+    """The config, if a model of so many modules can be built at all: a wrong number would take hours and memory."""
+    for name in _COUNTS:
+        count = getattr(config, name, None)
+        if isinstance(count, int) and not -1 <= count <= _MOST:
+            raise UserError(f"{src.model}: its config.json says {name}: {count}; download it again")
+    return config
 
 
 def load_model(
@@ -118,6 +130,7 @@ def load_model(
         return _merge_adapter(load_model(base, dtype=dtype, device=device), place)
     if place.folder is not None:
         check_folder(place.folder)
+        load_config(src)
     options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     with said_clearly("loading", src.model, src.revision):
         found: Any = AutoModelForCausalLM.from_pretrained(
@@ -176,6 +189,9 @@ def load_tokenizer(src: str | Path | ModelSource) -> Any:
         if base := _adapter_base(src, place):
             return load_tokenizer(base)
         raise UserError(f"{place.folder} has no tokenizer (no tokenizer.json); copy the tokenizer's files there")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if place.folder is not None and (place.folder / name).exists():
+            read_object(place.folder / name, "download the model again")
     with said_clearly("reading the tokenizer of", src.model, src.revision):
         return AutoTokenizer.from_pretrained(place.repo, **_remote(src))
 
@@ -304,9 +320,11 @@ def _adapter_base(src: ModelSource, place: _Place) -> ModelSource | None:
     path = place.folder / "adapter_config.json"
     if not path.is_file():
         return None
-    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    base = read_object(path, "save the adapter again").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
         raise UserError(f"{path} names no base model (base_model_name_or_path); merge the adapter where it was made")
+    if (Path(base) / path.name).is_file() and not (Path(base) / "config.json").is_file():
+        raise UserError(f"{path}: its base model {base} is an adapter too; merge that one first")
     return ModelSource(base, trust_remote_code=src.trust_remote_code)
 
 
@@ -314,5 +332,10 @@ def _merge_adapter(base: PreTrainedModel, place: _Place) -> PreTrainedModel:
     from peft import PeftModel
 
     assert place.folder is not None
+    if not (place.folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"{place.folder} has no adapter_model.safetensors, and pickles are not loaded; save the adapter again with "
+            "peft's save_pretrained"
+        )
     with said_clearly("loading the adapter", place.repo):
         return PeftModel.from_pretrained(base, place.repo).merge_and_unload().eval()

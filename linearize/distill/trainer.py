@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from ..errors import UserError
 from ..modeling import branch_off
@@ -29,7 +31,7 @@ from .interrupt import EXIT_CODE, Interrupt
 from .options import TrainOptions
 from .parameters import HALF, optimizer_groups
 from .tally import Figure, Tally
-from .work import LOG_FILE, TRAINABLE_FILE, checkpoint_step, full_disk_said
+from .work import LOG_FILE, TRAINABLE_FILE, checkpoint_step, full_disk_said, unreadable
 
 _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -74,6 +76,17 @@ def _arguments(options: TrainOptions, folder: Path, max_steps: int, save: bool) 
     # with several cards the Trainer would wrap the model in DataParallel, which cannot see into a layer
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _check_state(checkpoint: Path) -> None:
+    """Raises ValueError where a number of the Trainer's state is none: it would be noticed steps later."""
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    for entry in fields(TrainerState):
+        value = state.get(entry.name, entry.default)
+        if type(entry.default) in (int, float) and type(value) not in (int, float):
+            raise ValueError(f"{TRAINER_STATE_NAME} says {entry.name}: {value!r}")
+    if state.get("global_step") != checkpoint_step(checkpoint):
+        raise ValueError(f"{TRAINER_STATE_NAME} is of step {state.get('global_step')}")
 
 
 class _Pace(TrainerCallback):
@@ -193,6 +206,7 @@ class StageTrainer(Trainer):
         raise NotImplementedError
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        self._stepped = True
         model.train()
         inputs = self._prepare_inputs(inputs)
         without_window = self._is_without_window()
@@ -251,11 +265,19 @@ class StageTrainer(Trainer):
         """Trains to the end, from `checkpoint` if any. Raises UserError for a loss or gradient not finite, and
         SystemExit after a SIGTERM."""
         if checkpoint is not None and checkpoint_step(checkpoint) >= self.args.max_steps:
-            self._load_from_checkpoint(str(checkpoint))
+            try:
+                self._load_from_checkpoint(str(checkpoint))
+            except UserError:
+                raise
+            except Exception as error:
+                raise unreadable(checkpoint, error) from error
             return
         saves = self.args.save_strategy != "no"
         self._began = time.monotonic()
+        self._stepped = False
         try:
+            if checkpoint is not None:
+                _check_state(checkpoint)
             # One device: a backward pass in autograd's own thread would only move every Python object to another core.
             with (
                 full_disk_said(self.folder),
@@ -263,6 +285,12 @@ class StageTrainer(Trainer):
                 self.interrupt.listening() if saves else nullcontext(),
             ):
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if checkpoint is None or self._stepped:
+                raise
+            raise unreadable(checkpoint, error) from error
         finally:
             self.tally.seconds, self._began = self.seconds, None
             self.pace.close()

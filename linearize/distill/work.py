@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UserError
+from ..json_files import as_written, read_lines, read_object
 from ..output import is_disk_full
 
 RUN_FILE = "run.json"
@@ -21,6 +22,7 @@ LOG_FILE = "loss.jsonl"
 TRAINABLE_FILE = "trainable.safetensors"
 # a checkpoint may be read on other hardware and saved or logged at another pace
 _FREE = ("save_steps", "log_steps", "device", "compile")
+_ANEW = "put it back, or pass --overwrite in place of --resume to start anew"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,12 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def unreadable(checkpoint: Path, error: Exception) -> UserError:
+    """What is said of a checkpoint that is damaged, by whatever the libraries raised on it."""
+    said = (str(error).strip() or "no message").split("\n")[0]
+    return UserError(f"{checkpoint} cannot be read ({type(error).__name__}: {said[:200]}); {_ANEW}")
+
+
 def open_work(folder: Path, run: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
     """Makes `folder` ready for `run` (plain data) and gives the checkpoint to go on from, if any.
 
@@ -76,7 +84,8 @@ def open_work(folder: Path, run: Mapping[str, Any], *, resume: bool, overwrite: 
             "pass --resume to go on, --overwrite to start anew"
         )
     if checkpoint is not None and resume:
-        _check_same_run(folder, json.loads((folder / RUN_FILE).read_text()), run)
+        with as_written(folder):
+            _check_same_run(folder, read_object(folder / RUN_FILE, _ANEW), run)
         _cut_log(folder / LOG_FILE, checkpoint_step(checkpoint))
         return checkpoint
     if folder.exists():
@@ -115,10 +124,14 @@ def _check_same_run(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
 
 
 def _cut_log(log: Path, step: int) -> None:
-    """Drops the lines after `step`: they are written again, and again the same."""
-    if log.is_file():
-        kept = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        log.write_text("".join(line + "\n" for line in kept))
+    """Drops the lines after `step`: they are written again, and again the same. A link is not written through."""
+    try:
+        kept = [line for line in read_lines(log) if line["step"] <= step] if log.is_file() else []
+        log.unlink(missing_ok=True)
+    except (KeyError, TypeError, OSError) as error:
+        raise UserError(f"{log} is no log of steps ({error!r}); {_ANEW}") from error
+    if kept:
+        log.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
 @contextmanager

@@ -46,15 +46,21 @@ def generate_text(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        found = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=end_tokens(model, tokenizer),
-            pad_token_id=pad,
-            streamer=None if stream is None else _Stream(tokenizer, stream),
-            **options,
-        )
+        try:
+            found = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end_tokens(model, tokenizer),
+                pad_token_id=pad,
+                streamer=None if stream is None else _Stream(tokenizer, stream),
+                **options,
+            )
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the model does not generate ({type(error).__name__}: {' '.join(str(error).split())[:300]}): its "
+                "generation_config.json, config.json or tokenizer may be damaged; LINEARIZE_DEBUG=1 shows where"
+            ) from error
     return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
 
 

@@ -109,7 +109,7 @@ def _lines(file: Path) -> Iterator[tuple[int, Any]]:
             if line.strip():
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"--tasks: {file}:{number}: not a JSON object ({error}); repair it") from error
                 yield number, row
 

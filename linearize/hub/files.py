@@ -12,6 +12,7 @@ from typing import Any
 from .. import provenance
 from ..checkpoint_files import check_folder
 from ..errors import UserError
+from ..json_files import read_object
 from . import measured
 from .measured import BENCH_FOLDERS, Measured
 from .pictures import FOLDER as PICTURES
@@ -143,18 +144,18 @@ def _listing(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def _inside(path: Path, root: Path) -> bool:
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # it leads round
+        return False
     return root in target.parents and not any(part.startswith(".") for part in target.relative_to(root).parts)
 
 
 def _config(folder: Path, there: Mapping[str, Path]) -> dict[str, Any]:
     if CONFIG not in there:
         raise UserError(_link(folder, CONFIG))
-    try:
-        config = json.loads(there[CONFIG].read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{there[CONFIG]} is not valid JSON ({error}); write the folder again") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    config = read_object(there[CONFIG], "write the folder again")
+    kind = config.get("model_type")
     if kind != "linearize":
         raise UserError(
             f"{folder} is no converted model (its model_type is {kind}); convert it first: "

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import modeling
 from ..errors import UsageError, UserError
+from ..json_files import as_written
 from ..version import __version__
 from . import front_matter, public
 from .card import card, is_generated
@@ -92,7 +92,7 @@ def push(
     folder = Path(out).expanduser()
     _check_names(folder, repo, revision)
     branch = None if revision in (None, "main") else revision
-    with _as_written(folder):
+    with as_written(folder):
         belongings = collect(folder)
         facts = gather(folder, belongings)
         push = _Push(folder, repo, private, branch, belongings, facts, _own_card(belongings), say)
@@ -101,21 +101,6 @@ def push(
         return push.result(dry_run=True)
     push.upload(message or f"Upload {folder.resolve().name}, converted by linearize", overwrite=overwrite)
     return push.result(dry_run=False)
-
-
-@contextmanager
-def _as_written(folder: Path) -> Iterator[None]:
-    """One message where a JSON of the folder has other kinds of values than the verbs write."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{folder}: its config.json, linearize.json or a result holds what linearize does not write "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); make the folder again, or take that "
-            "result out; LINEARIZE_DEBUG=1 shows where"
-        ) from error
 
 
 def _check_names(folder: Path, repo: str, revision: str | None) -> None:

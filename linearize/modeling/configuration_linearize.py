@@ -13,7 +13,7 @@ and `mixer_options` what all swapped layers share (window, sinks, feature map, .
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -24,6 +24,10 @@ KINDS = {
     "rows": ("apart", "blocks", "groups"),
     "norm_over": ("head", "channels", "head_first"),
     "rotary": ("half", "pairs", "pairs_of_halves"),
+}
+_TYPES: dict[str, tuple[type, ...]] = {
+    **{"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "list[str]": (list,)},
+    "int | None": (int, type(None)),
 }
 
 
@@ -73,6 +77,14 @@ class AttentionAnatomy:
     adds_residual: bool = False
 
     def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            known_types = _TYPES[str(entry.type)]
+            if not isinstance(value, known_types) or (isinstance(value, bool) and bool not in known_types):
+                raise ValueError(f"{self.path}: {entry.name} is {value!r}, and must be {entry.type}")
+        for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{self.path}: {name} is {getattr(self, name)}, and must be positive")
         for name, known in KINDS.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{self.path}: {name} is {getattr(self, name)!r}, and can be: {', '.join(known)}")

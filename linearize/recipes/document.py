@@ -41,6 +41,8 @@ def parse(text: str, where: str) -> Any:
     """The value of a YAML text. Raises UsageError, naming `where` it stands, for what is no YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise UsageError(f"{where} is nested too deeply") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UsageError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
 

@@ -12,6 +12,7 @@ import torch
 
 from .. import provenance
 from ..errors import UserError
+from ..json_files import read_object
 from ..source import ModelSource
 
 # Of a config.json: what says how the model was loaded or saved, not what it is. peft sets pretraining_tp.
@@ -29,10 +30,7 @@ def architecture(folder: Path) -> str:
             return {key: lasting(entry) for key, entry in value.items() if key not in _PASSING}
         return value
 
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not whole: its config.json cannot be read ({error})") from None
+    config = read_object(folder / "config.json", "the folder is not whole: make it again")
     return hashlib.sha256(json.dumps(lasting(config), sort_keys=True).encode()).hexdigest()
 
 

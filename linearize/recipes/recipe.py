@@ -200,7 +200,7 @@ def _check_top(raw: dict[str, Any], where: str) -> None:
             )
         names.append(name)
         kind = stage.get("kind")
-        if kind not in STAGE_KINDS:
+        if not isinstance(kind, str) or kind not in STAGE_KINDS:
             raise UsageError(f"{where}, stage {name}: kind must be one of {', '.join(STAGE_KINDS)}, got {kind!r}")
         document.check_keys(stage, _stage_keys(kind), f"{where}, stage {name}")
 

@@ -22,6 +22,7 @@ from ..device import chosen_device
 from ..distill.options import LogitOptions, with_overrides
 from ..distill.work import LOG_FILE, RecipeStage
 from ..errors import UsageError, UserError
+from ..json_files import read_lines, read_object
 from ..output import check_new, put_in_place
 from ..rows import TextSource
 from ..source import ModelSource, load_model, load_student, load_tokenizer, parse_device, parse_dtype
@@ -163,10 +164,7 @@ class _Run:
         if resume:
             path = self.work / STATE
             if path.is_file():
-                try:
-                    self.state = json.loads(path.read_text(encoding="utf-8"))
-                except ValueError:
-                    raise UserError(f"{path} is damaged; remove it: the folders' own records remain") from None
+                self.state = _state(path)
             whole = [index for index, folder in enumerate(self.folders) if folder.is_dir()]
             self.done = whole[-1] + 1 if whole else 0
             strangers = [path.name for path in there if path.name.removesuffix(".work") not in self._names()]
@@ -326,6 +324,21 @@ class _Run:
         return StageRun(**{**asdict(self.planned(index)), **known})
 
 
+def _state(path: Path) -> dict[str, Any]:
+    """What a run wrote of itself. Raises UserError where it is damaged."""
+    advice = "remove it: the folders' own records remain"
+    state = read_object(path, advice)
+    stages = state.get("stages")
+    figures = [state.get("start_kl")]
+    for facts in stages.values() if isinstance(stages, dict) else [None]:
+        if not isinstance(facts, dict) or not isinstance(facts.get("hash"), str):
+            raise UserError(f"{path} is damaged; {advice}")
+        figures += [facts.get(name) for name in ("steps", "tokens", "loss", "seconds")]
+    if not all(figure is None or type(figure) in (int, float) for figure in figures):
+        raise UserError(f"{path} is damaged; {advice}")
+    return state
+
+
 def _has_kl(stage: Stage) -> bool:
     return isinstance(stage.options, LogitOptions) and stage.options.ce_weight < 1
 
@@ -340,4 +353,4 @@ def _temperature(stage: Stage) -> float:
 
 def _log_of(folder: Path) -> list[dict[str, Any]]:
     path = folder / LOG_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return read_lines(path) if path.is_file() else []

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import provenance
 from ..errors import UsageError, UserError
-from ..json_files import read_lines, read_object
+from ..json_files import as_written, read_lines, read_object
 from . import pictures
 from .page import Section, page
 
@@ -48,8 +48,9 @@ def report(
     if judged is not None and "perplexity" not in judged:
         raise UserError(f"--evaluation: {evaluation or EVALUATION} is not what `linearize eval MODEL --json` prints")
     losses = read_lines(folder / LOSSES) if (folder / LOSSES).is_file() else []
-    sections = _sections(record, losses, _json(folder / SCORES), _json(folder / CALIBRATION), judged)
-    text = page(_title(folder, record), record, sections)
+    scores, calibration = _json(folder / SCORES), _json(folder / CALIBRATION)
+    with as_written(folder):
+        text = page(_title(folder, record), record, _sections(record, losses, scores, calibration, judged))
     part = target.with_name(f".{target.name}.part")
     try:
         part.write_text(text, encoding="utf-8")

@@ -64,7 +64,7 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The teacher's class without weights, on the meta device: shapes and names in a second, whatever its size.
 
     Raises:
-        UserError: as `family_of`.
+        UserError: as `family_of`; a config of which transformers makes no model.
     """
     family_of(config)
     # A config as old as its checkpoint makes transformers warn about fields that conversion does not touch.
@@ -74,6 +74,12 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"transformers makes no model of this config ({type(error).__name__}: {said[:300]}): a number or a name in "
+            "config.json is wrong; download it again"
+        ) from error
     finally:
         logger.setLevel(level)
 
@@ -87,7 +93,12 @@ def read_anatomy(model: PreTrainedModel) -> list[AttentionAnatomy]:
     """
     family = family_of(model.config)
     layers, attention = _find_layers(model)
-    return [_Reader(model, family, index, f"{layers}.{index}.{attention}").read() for index in range(_depth(model))]
+    try:
+        return [_Reader(model, family, index, f"{layers}.{index}.{attention}").read() for index in range(_depth(model))]
+    except UserError:
+        raise
+    except ValueError as error:  # a fact that no attention has
+        raise UserError(str(error)) from error
 
 
 def _depth(model: PreTrainedModel) -> int:
