@@ -37,11 +37,11 @@ class Unit(nn.Module):
         return self._run(*args, **kwargs)
 
 
-def twins(*modules: nn.Module | None) -> list[Any]:
+def twins(*modules: nn.Module) -> list[Any]:
     """Copies of the modules, whose parameters are others on the same memory; what they share, the copies share."""
     memo: dict[int, Any] = {}
     for module in modules:
-        for parameter in () if module is None else module.parameters():
+        for parameter in module.parameters():
             memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
     return [copy.deepcopy(module, memo) for module in modules]
 

@@ -357,7 +357,9 @@ class StageTrainer(Trainer):
             yield
             return
         whole, student, teacher = self._whole(), self.student, self.teacher
-        self._twin, self.student, self.teacher = sharding.twins(whole, student, teacher)
+        self._twin, self.student = sharding.twins(whole, student)
+        # on its own: a layer that runs the teacher's attention (--active) has the teacher's very modules
+        self.teacher = None if teacher is None else sharding.twins(teacher)[0]
         self.model, modules = self.to_shard(self.student, self.teacher)
         self.model_wrapped = self.model
         sharding.shard(modules, self.args.device)
