@@ -54,8 +54,6 @@ def _message(error: Exception) -> str:
         return text
     from .output import is_disk_full
 
-    if processes.lost_another(error):
-        return "another process of this run has ended without a word (was it killed?); --resume goes on"
     if is_disk_full(error):
         return "the disk is full; nothing half-written was left behind"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "allocate memory" in text:

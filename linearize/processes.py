@@ -29,6 +29,7 @@ _OTHERS = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
+_BY_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 # What the libraries say where the other end of a connection is gone.
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "recvValue")
 
@@ -46,6 +47,8 @@ def _on(name: str) -> bool:
 def count() -> int:
     """How many processes this run has. Raises UserError for a launcher that does not say which of them this is."""
     number = int(os.environ.get("WORLD_SIZE") or 1)
+    if "WORLD_SIZE" not in os.environ and any(int(os.environ.get(name) or 1) > 1 for name in _BY_MPI):
+        raise UserError("several processes were started by MPI: use torchrun, or `accelerate launch --multi_gpu`")
     if number > 1 and ("RANK" not in os.environ or "LOCAL_RANK" not in os.environ):
         raise UserError(
             f"WORLD_SIZE is {number}, and RANK or LOCAL_RANK is not set: start several processes with `accelerate "
@@ -176,6 +179,17 @@ def speaks_of_failure() -> bool:
         return False
 
 
-def lost_another(error: BaseException) -> bool:
-    """Whether `error` says that another process has gone."""
-    return _store is not None and any(sign in str(error) for sign in _GONE)
+@contextmanager
+def lost_said() -> Iterator[None]:
+    """One message, a UserError, where the body fails because another process has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _store is None or not any(sign in str(error) for sign in _GONE):
+            raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, before the message is out
+        raise UserError(
+            "another process of this run has ended without a word (was it killed?); --resume goes on from the last "
+            "checkpoint"
+        ) from error

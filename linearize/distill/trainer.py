@@ -290,7 +290,7 @@ class StageTrainer(Trainer):
     def run(self, checkpoint: Path | None) -> None:
         """Trains to the end, from `checkpoint` if any. Raises UserError for a loss or gradient not finite, and
         SystemExit after a SIGTERM."""
-        with self.sharded():
+        with processes.lost_said(), self.sharded():
             self._run(checkpoint)
 
     def _run(self, checkpoint: Path | None) -> None:
