@@ -170,7 +170,7 @@ def speaks_of_failure() -> bool:
     """Called by a process that failed: whether the message is its to print, as the first of all. Ends the others."""
     _ending.set()
     if _store is None:
-        return is_main()  # before they came together, all fail alike
+        return os.environ.get("RANK", "0") == "0"  # before they came together, all fail alike
     if _peer_failed.is_set():
         return False
     try:

@@ -154,6 +154,8 @@ def test_launchers_that_cannot_work_are_refused(monkeypatch) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     with pytest.raises(UserError, match="torchrun"):
         processes.count()
+    done = CliRunner().invoke(cli.main, ["ls"])
+    assert done.exit_code == 1 and done.output.startswith("Error: several processes were started by MPI")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="RANK"):
         processes.count()
@@ -307,13 +309,13 @@ step = StageTrainer.training_step
 
 def faulty(self, *args, **kwargs):
     if self.state.global_step == 4 and os.environ["RANK"] == "1":
-        if sys.argv[-1] == "killed":
+        if fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise UserError("this process alone has a fault")
     return step(self, *args, **kwargs)
 
 StageTrainer.training_step = faulty
-sys.argv = sys.argv[:-1]
+fault = sys.argv.pop()
 cli.run()
 """
 

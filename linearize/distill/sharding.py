@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,9 @@ def _keys(checkpoint: Path) -> set[str]:
 def _read(checkpoint: Path, state: dict[str, Tensor]) -> None:
     import torch.distributed.checkpoint as dcp
 
-    dcp.load(state, checkpoint_id=checkpoint / FOLDER, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process may read, too
+        dcp.load(state, checkpoint_id=checkpoint / FOLDER, no_dist=not dist.is_initialized())
 
 
 @torch.no_grad()

@@ -132,7 +132,7 @@ def _train(
         tokens=lines[-1]["tokens"] if lines else 0,
         log=lines,
         seconds=round(trainer.seconds, 1),
-        hardware=hardware(trainer.args.device),
+        hardware=("" if not processes.several() else f"{processes.count()} x ") + hardware(trainer.args.device),
     )
 
 
@@ -159,7 +159,7 @@ def wants_checkpoints(student: Any, options: LogitOptions | FinetuneOptions, fre
     needed = graph_bytes(
         hidden=config.hidden_size,
         layers=config.num_hidden_layers,
-        tokens=options.batch_size * options.max_length,
+        tokens=-(-options.batch_size // processes.count()) * options.max_length,
         intermediate=getattr(config, "intermediate_size", None),
     )
     return needed > free // 4
