@@ -16,11 +16,14 @@ from typing import Any
 
 import click
 
+from . import processes
 from .bench.options import KernelOptions, ModelOptions
 from .distill.options import BlockOptions, FinetuneOptions, LogitOptions, MixingOptions, TransferOptions
 from .errors import UserError
 from .flags import calibrate_options, dataclass_options, given, mixer_options, model_options, run_options, swap_options
 from .version import __version__
+
+_TRAINING = ("distill", "finetune", "run")
 
 
 class _Verbs(click.Group):
@@ -29,9 +32,15 @@ class _Verbs(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except (click.exceptions.Exit, BrokenPipeError):
+            raise
+        except (click.ClickException, click.Abort) as error:
+            if not processes.speaks_of_failure():
+                ctx.exit(getattr(error, "exit_code", 1))
             raise
         except Exception as error:
+            if not processes.speaks_of_failure():
+                ctx.exit(getattr(error, "exit_code", 1))
             if os.environ.get("LINEARIZE_DEBUG"):
                 traceback.print_exc()
             click.echo(f"Error: {_message(error)}", err=True)
@@ -58,7 +67,8 @@ def _message(error: Exception) -> str:
     "linearize", cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
 @click.version_option(__version__)
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Turn a pretrained softmax-attention transformer into a linear-time one, and measure what it cost.
 
     MODEL is a Hub id (owner/name, or owner/name@REVISION), a folder, or a GGUF file.
@@ -70,6 +80,11 @@ def main() -> None:
     linearize distill student --teacher MODEL --dataset text.jsonl -o distilled
     linearize eval distilled --teacher MODEL --dataset text.jsonl
     """
+    if processes.several() and ctx.invoked_subcommand not in _TRAINING:
+        raise UserError(
+            f"linearize {ctx.invoked_subcommand} runs in one process: start it without accelerate launch or torchrun "
+            f"(several processes train: {', '.join(_TRAINING)})"
+        )
 
 
 def _command_line() -> list[str]:
@@ -243,6 +258,8 @@ def _stage_options(command: Any) -> Any:
 
 
 def _report_training(model: Any, out: Path, as_json: bool, following: str) -> None:
+    if not processes.is_main():
+        return
     results = model.distillation if hasattr(model, "distillation") else model.get_base_model().distillation
     if as_json:
         _print_json(
@@ -299,7 +316,8 @@ def distill_verb(
 
     _quiet()
     source = _source(teacher, options)
-    result = distill(student, source, dataset, output=out, command=_command_line(), **given(options))
+    with processes.together(options["device"]):
+        result = distill(student, source, dataset, output=out, command=_command_line(), **given(options))
     _report_training(result, out, as_json, f"linearize eval {out} --teacher {_flags(source)} --dataset DATASET")
 
 
@@ -325,7 +343,8 @@ def finetune_verb(
     from .distill import finetune
 
     _quiet()
-    result = finetune(student, dataset, output=out, command=_command_line(), **given(options))
+    with processes.together(options["device"]):
+        result = finetune(student, dataset, output=out, command=_command_line(), **given(options))
     _report_training(result, out, as_json, f"linearize generate {out} 'a prompt'")
 
 
@@ -353,7 +372,10 @@ def run_verb(recipe: str, model: str, out: Path, dry_run: bool, as_json: bool, *
 
     _quiet()
     source = _source(model, options)
-    result = run_recipe(recipe, source, out, dry_run=dry_run, say=_say, command=_command_line(), **options)
+    with processes.together(options["device"]):
+        result = run_recipe(recipe, source, out, dry_run=dry_run, say=_say, command=_command_line(), **options)
+    if not processes.is_main():
+        return
     if as_json:
         _print_json(result.to_dict() | {"out": None if dry_run else str(out)})
         return

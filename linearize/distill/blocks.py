@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import together
 from .layer_pass import Pair, attention_pairs
 from .losses import relative_loss
 from .transfer import LayerTrainer
@@ -32,4 +33,5 @@ class BlockTrainer(LayerTrainer):
         target = output[0] if isinstance(output, tuple) else output
         found = module(*args, **kwargs)
         with self.autocast(False):
-            return relative_loss(found[0] if isinstance(found, tuple) else found, target, target - entered, valid)
+            found = found[0] if isinstance(found, tuple) else found
+            return relative_loss(found, target, target - entered, valid, together.total)

@@ -33,7 +33,13 @@ def attentions(student: Any) -> list[Any]:
 
 def decoder_layers(student: Any, model: Any) -> list[nn.Module]:
     """Every layer of `model`, the student or its teacher, that lies beside the student's swapped ones."""
-    stacks = dict.fromkeys(attention.anatomy.stack_path for attention in attentions(student))
+    attentions(student)
+    return stacked_layers(student, model)
+
+
+def stacked_layers(student: Any, model: Any) -> list[nn.Module]:
+    """As `decoder_layers`, for other uses."""
+    stacks = dict.fromkeys(attention.anatomy.stack_path for _, attention in student.mixer_layers())
     return [layer for path in stacks for layer in model.get_submodule(path)]
 
 

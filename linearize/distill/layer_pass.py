@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..modeling.cache import CACHES
 from .feed import Item
-from .losses import transfer_loss
+from .losses import itself, transfer_loss
 
 Pair = tuple[nn.Module, nn.Module]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
@@ -64,13 +64,14 @@ def attention_loss(
     valid: Tensor | None,
     autocast: Autocast,
     kind: str = "relative",
+    total: Callable[[Tensor], Tensor] = itself,
 ) -> Tensor:
-    """The error of the student's attention module on its teacher's input and `output`."""
+    """The error of the student's attention module on its teacher's input and `output`; see `transfer_loss`."""
     (args, kwargs), target = without_residual(attention, (args, kwargs), output)
     result = attention(*args, **kwargs)[0]
     # a backward pass under autocast would run its fp32 products in bf16
     with autocast(False):
-        return transfer_loss(result, target, valid, kind)
+        return transfer_loss(result, target, valid, kind, total)
 
 
 def meet_layers(

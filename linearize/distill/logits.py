@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compiling import decoder_layers, mixers
+from . import sharding
+from .compiling import decoder_layers, mixers, stacked_layers
 from .feed import Item
 from .losses import count_targets, head_losses, head_of, prove_head
 from .options import FinetuneOptions, LogitOptions
@@ -51,6 +52,7 @@ class HeadTrainer(StageTrainer):
         if self.teacher is not None:
             assert isinstance(options, LogitOptions)
             self.ce_weight, self.temperature = options.ce_weight, options.temperature
+        self.unit: sharding.Unit | None = None
         with self.autocast():  # what trains is fp32, also in a student of half precision
             for model in (self.student, self.teacher):
                 if model is not None:
@@ -67,9 +69,8 @@ class HeadTrainer(StageTrainer):
         counts = [count_targets(batch["labels"]) for batch in batches]
         return batches, torch.stack(counts).sum() if counts else None
 
-    def step_losses(self, inputs: Item, num_items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
+    def head_sums(self, inputs: Item, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of KL and cross-entropy over the scored tokens."""
         with self.autocast():
             hidden = self.student.base_model(**inputs, use_cache=False).last_hidden_state
             teacher_hidden = teacher_head = None
@@ -77,7 +78,7 @@ class HeadTrainer(StageTrainer):
                 with torch.no_grad():
                     teacher_hidden = self.teacher.base_model(**inputs, use_cache=False).last_hidden_state
                 teacher_head = head_of(self.teacher)
-            kl, ce = head_losses(
+            return head_losses(
                 hidden,
                 labels,
                 head_of(self.student),
@@ -88,9 +89,20 @@ class HeadTrainer(StageTrainer):
                 chunk=self.chunk,
                 compiled=self.compiled,
             )
+
+    def to_shard(self, student: Any, teacher: Any) -> tuple[nn.Module, list[nn.Module]]:
+        models = [model for model in (student, teacher) if model is not None]
+        # the adapter, if any, has its modules inside the student
+        self.unit = sharding.Unit(self.head_sums, *models)
+        return self.unit, [*(layer for model in models for layer in stacked_layers(student, model)), self.unit]
+
+    def step_losses(self, inputs: Item, num_items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        kl, ce = self.head_sums(inputs, labels) if self.unit is None else self.unit(inputs, labels)
         count = num_items.clamp_min(1)
         loss = ((1 - self.ce_weight) * kl + self.ce_weight * ce) / count
-        self.accelerator.backward(loss)
+        self.backward(loss)
         parts = {}
         if self.ce_weight < 1:
             parts["kl"] = kl.detach() / count

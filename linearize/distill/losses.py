@@ -28,23 +28,41 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def relative_loss(student: Tensor, teacher: Tensor, unit: Tensor, valid: Tensor | None = None) -> Tensor:
-    """|s - t|^2 / |u|^2, a scalar, from [B, T, D] each; `valid` [B, T] bool leaves padding out of both sums."""
+def itself(value: Tensor) -> Tensor:
+    return value
+
+
+def relative_loss(
+    student: Tensor,
+    teacher: Tensor,
+    unit: Tensor,
+    valid: Tensor | None = None,
+    total: Callable[[Tensor], Tensor] = itself,
+) -> Tensor:
+    """|s - t|^2 / |u|^2, a scalar, from [B, T, D] each; `valid` [B, T] bool leaves padding out of both sums.
+
+    `total` makes the whole batch's |u|^2 of this process's, where the batch is that of several."""
     if valid is not None:
         student, teacher, unit = student[valid], teacher[valid], unit[valid]
-    energy = widened(unit).square().sum()
+    energy = total(widened(unit).square().sum())
     error = (widened(student) - widened(teacher)).square().sum()
     return error / energy.clamp_min(torch.finfo(energy.dtype).tiny)
 
 
-def transfer_loss(student: Tensor, teacher: Tensor, valid: Tensor | None = None, kind: str = "relative") -> Tensor:
+def transfer_loss(
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor | None = None,
+    kind: str = "relative",
+    total: Callable[[Tensor], Tensor] = itself,
+) -> Tensor:
     """The error of an attention layer's output, a scalar: see `TransferOptions` for the kinds.
 
     `student`, `teacher` [B, T, D]; `valid` [B, T] bool leaves padding out. The unit of "relative" makes layers
     comparable: late layers have far larger outputs and would own a plain sum of squares.
     """
     if kind == "relative":
-        return relative_loss(student, teacher, teacher, valid)
+        return relative_loss(student, teacher, teacher, valid, total)
     if valid is not None:
         student, teacher = student[valid], teacher[valid]
     error = widened(student) - widened(teacher)

@@ -150,4 +150,4 @@ class MixingTrainer(LayerTrainer):
         heads = [g * size + r for g in module.mixer_groups for r in range(size)]
         ours = mixing_matrix(module, args, kwargs)
         with self.autocast(False):
-            return mixing_loss(ours, widened(weights[:, heads]).to(ours.dtype), valid)
+            return mixing_loss(ours, widened(weights[:, heads]).to(ours.dtype), valid) * self.share

@@ -64,7 +64,7 @@ class TrainOptions:
 
     tokens: int | None = _option(None, "Tokens to train on; by default once through the data set.")
     max_length: int = _option(1024, "Tokens in one packed sequence.")
-    batch_size: int = _option(8, "Sequences in one forward pass.")
+    batch_size: int = _option(8, "Sequences in one forward pass, of all processes together.")
     gradient_accumulation: int = _option(1, "Forward passes for each step of the optimizer.")
     learning_rate: float = _option(1e-3, "Peak learning rate (AdamW).")
     lr_scale: Mapping[str, float] = field(

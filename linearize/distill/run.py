@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import provenance
+from .. import processes, provenance
 from ..device import chosen_device
 from ..errors import UsageError, UserError
 from ..output import check_new, new_folder
 from ..rows import TextSource
 from ..source import commit_of, folder_of
+from . import together
 from .feed import packed, split
 from .options import (
     KINDS,
@@ -107,10 +108,13 @@ def distill(
         if both and kind == "transfer":
             overrides.pop("train", None)  # it is said of logits, whose choices are more
         chosen[kind] = with_overrides(given[kind] or KINDS[kind](), overrides)
+    for of in chosen.values():
+        together.check_batch(of)
     output = _checked(output, overwrite)
     place = _place(output, work_dir, resume, overwrite, recipe)
     _check_spec(dataset)
-    device = chosen_device(chosen[kinds[0]].device)
+    processes.start(chosen[kinds[0]].device)
+    device = _loading_device(chosen[kinds[0]].device)
     student, tokenizer = _loaded_student(student, tokenizer, dtype, device)
     teacher = _loaded_teacher(teacher, dtype, device)
     before = folder_of(student, _HISTORY) if output is not None else None
@@ -179,10 +183,12 @@ def finetune(
     """
     check_overrides(options, FinetuneOptions)
     chosen = with_overrides(finetune or FinetuneOptions(), options)
+    together.check_batch(chosen)
     output = _checked(output, overwrite)
     place = _place(output, work_dir, resume, overwrite, recipe)
     _check_spec(dataset)
-    student, tokenizer = _loaded_student(student, tokenizer, dtype, chosen_device(chosen.device))
+    processes.start(chosen.device)
+    student, tokenizer = _loaded_student(student, tokenizer, dtype, _loading_device(chosen.device))
     before = folder_of(student, _HISTORY) if output is not None else None
     from . import stages
 
@@ -252,6 +258,11 @@ def _check_spec(dataset: str | Dataset[Item]) -> None:
         TextSource.parse(dataset)
 
 
+def _loading_device(device: str | None) -> str:
+    """Shards go to their devices from host memory: a whole model may be larger than one."""
+    return "cpu" if processes.sharded() else chosen_device(device)
+
+
 def _loaded_student(student: Any, tokenizer: Any, dtype: Any, device: str) -> tuple[Any, Any]:
     """The student in memory, and the tokenizer, which a folder brings along."""
     if hasattr(student, "mixer_layers"):
@@ -283,7 +294,7 @@ def _place(
 
 
 def _clear_work(place: Place, work_dir: str | Path | None) -> None:
-    if work_dir is None and place.folder is not None:
+    if work_dir is None and place.folder is not None and processes.is_main():
         shutil.rmtree(place.folder, ignore_errors=True)
 
 
@@ -316,18 +327,22 @@ def _write(
         "seed": next(iter(record["options"].values()))["seed"],
     }
     parent = student.name_or_path or None
-    with new_folder(output, overwrite=overwrite) as folder:
-        if model is student:
-            model.save_pretrained(folder)
-        else:
-            model.save_pretrained(folder, save_embedding_layers=False)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        for source in (before / name for name in _MEASURED if before is not None):
-            if source.is_file():
-                shutil.copyfile(source, Path(folder) / source.name)
-        lines = [*(recipe.earlier if recipe else ()), *(line for result in results for line in result.log)]
-        (Path(folder) / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        more = dict(recipe.facts) if recipe else {}
-        origin: dict[str, Any] = {"parent": parent, "parent_folder": before, "parent_revision": commit_of(student)}
-        provenance.write(folder, provenance.record(**origin, **record, **facts, **more))
+    origin: dict[str, Any] = {"parent": parent, "parent_folder": before, "parent_revision": commit_of(student)}
+
+    def write() -> None:
+        with new_folder(output, overwrite=overwrite) as folder:
+            if model is student:
+                model.save_pretrained(folder)
+            else:
+                model.save_pretrained(folder, save_embedding_layers=False)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            for source in (before / name for name in _MEASURED if before is not None):
+                if source.is_file():
+                    shutil.copyfile(source, Path(folder) / source.name)
+            lines = [*(recipe.earlier if recipe else ()), *(line for result in results for line in result.log)]
+            (Path(folder) / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+            more = dict(recipe.facts) if recipe else {}
+            provenance.write(folder, provenance.record(**origin, **record, **facts, **more))
+
+    processes.from_main(write)

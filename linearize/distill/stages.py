@@ -15,8 +15,10 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import set_seed
 
+from .. import processes
 from ..errors import UsageError, UserError
 from ..provenance import hardware
+from . import together
 from .blocks import BlockTrainer
 from .compiling import compiled
 from .documents import refuse_shared
@@ -63,6 +65,10 @@ def _train(
     start: str,
     teacher: Any = None,
 ) -> StageResult:
+    processes.start(options.device)
+    together.check_batch(options)
+    if options.compile and processes.sharded():
+        raise UsageError("--compile goes without FSDP: leave it out, or start the processes with DDP")
     max_steps = steps_for(dataset, options)
     dataset = with_repeats(dataset, options)
     stage = place.recipe.name if place.recipe else trainer_class.title
@@ -84,9 +90,14 @@ def _train(
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="linearize-")))
         else:
             folder = place.folder / stage
-            checkpoint = open_work(folder, run, resume=place.resume, overwrite=place.overwrite)
+            # the folder is one, on a disk that all processes see
+            found = processes.from_main(
+                lambda: str(open_work(folder, run, resume=place.resume, overwrite=place.overwrite) or "")
+            )
+            checkpoint = Path(found) if found else None
         stack.enter_context(cache_setting_kept(student.config))
         stack.enter_context(training_only(model, names))
+        together.same_start(parameter for parameter in model.parameters() if parameter.requires_grad)
         if teacher is not None:
             stack.enter_context(_evaluating(teacher))
         trainer = trainer_class(
@@ -114,16 +125,19 @@ def _train(
             # accelerate's wrapper of the model would otherwise hold on to the optimizer's state
             trainer.accelerator.free_memory()
             trainer.optimizer = trainer.lr_scheduler = None
-        log = folder / LOG_FILE
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+        lines = processes.from_main(lambda: _lines_of(folder / LOG_FILE))
     return StageResult(
         stage=stage,
         steps=max_steps,
         tokens=lines[-1]["tokens"] if lines else 0,
         log=lines,
         seconds=round(trainer.seconds, 1),
-        hardware=hardware(trainer.args.device),
+        hardware=("" if not processes.several() else f"{processes.count()} x ") + hardware(trainer.args.device),
     )
+
+
+def _lines_of(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
 
 
 @contextmanager
@@ -145,7 +159,7 @@ def wants_checkpoints(student: Any, options: LogitOptions | FinetuneOptions, fre
     needed = graph_bytes(
         hidden=config.hidden_size,
         layers=config.num_hidden_layers,
-        tokens=options.batch_size * options.max_length,
+        tokens=-(-options.batch_size // processes.count()) * options.max_length,
         intermediate=getattr(config, "intermediate_size", None),
     )
     return needed > free // 4

@@ -1,16 +1,16 @@
-"""transformers' Trainer as every stage uses it: one device, a loss log, checkpoints of what trains alone."""
+"""transformers' Trainer as every stage uses it: a device a process, a loss log, checkpoints of what trains alone."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
+from .. import processes
 from ..errors import UserError
 from ..modeling import branch_off
+from . import sharding, together
 from .compiling import mixers
 from .feed import Item, Stack
-from .interrupt import EXIT_CODE, Interrupt
+from .interrupt import Interrupt
 from .options import TrainOptions
 from .parameters import HALF, optimizer_groups
 from .tally import Figure, Tally
@@ -37,8 +39,6 @@ _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_wit
 
 
 def _arguments(options: TrainOptions, folder: Path, max_steps: int, save: bool) -> TrainingArguments:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training runs on one device: start it without torchrun or accelerate launch")
     kind, _, index = (options.device or "auto").partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps", "xpu") or index not in ("", "0"):
         raise UserError(f"--device {options.device}: name a kind (cpu, cuda); CUDA_VISIBLE_DEVICES chooses the card")
@@ -97,6 +97,10 @@ class _Pace(TrainerCallback):
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not processes.is_main():
+            # dropout differs between the rows of a batch, whichever process has them
+            torch.manual_seed(args.seed + processes.rank())
+            return
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(
             total=state.max_steps,
@@ -110,7 +114,7 @@ class _Pace(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
-        if self.interrupt.asked:
+        if self.interrupt.agreed:
             control.should_save = control.should_training_stop = True
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
@@ -158,6 +162,7 @@ class StageTrainer(Trainer):
         self.interrupt = Interrupt()
         self.tally = Tally()
         self._began: float | None = None
+        self._twin: nn.Module | None = None
         self.pace = _Pace(self.title, self.interrupt)
         super().__init__(
             model=model,
@@ -168,9 +173,13 @@ class StageTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # it prints to stdout
         self.teacher = teacher
-        if teacher is not None:
+        if teacher is not None and not processes.sharded():
             teacher.to(self.args.device)
         self.half = self._runs_in_half()
+        self.share = 1.0  # of a batch's rows, this process's
+        if processes.several():
+            # gradients are summed here (together.py): wrapped for DDP, the model would do it again
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     # -- precision
 
@@ -208,11 +217,17 @@ class StageTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         self._stepped = True
         model.train()
-        inputs = self._prepare_inputs(inputs)
+        rows = len(inputs["input_ids"])
+        inputs = self._prepare_inputs(together.own_rows(inputs))
+        self.share = len(inputs["input_ids"]) / rows
         without_window = self._is_without_window()
         off = "window" if without_window else None if getattr(self.options, "linear_branch", True) else "linear"
         with branch_off(self.student, off) if off else nullcontext():
             loss, parts = self.step_losses(inputs, num_items_in_batch)
+        if processes.several():
+            loss, parts, self.interrupt.others = together.totals(loss, parts, self.interrupt.asked)
+            if self.accelerator.sync_gradients and not processes.sharded():
+                together.sum_gradients(model.parameters())
         if not math.isfinite(loss.item()):
             self.stop_not_finite(f"the loss is {loss.item()}{self.blame(parts)}")
         figures: dict[str, Figure] = {name: value.tolist() for name, value in parts.items()}
@@ -220,6 +235,27 @@ class StageTrainer(Trainer):
             figures = {f"{name}_window_off": value for name, value in {**figures, "loss": loss.item()}.items()}
         self.tally.add(self.state.global_step, {"loss": loss.item(), **figures})
         return loss
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not processes.sharded():  # a whole model may be larger than the device
+            super()._move_model_to_device(model, device)
+
+    def get_train_dataloader(self) -> Any:
+        loader: Any = super().get_train_dataloader()
+        if processes.several():
+            # every process goes through whole batches, as one alone would, and takes its rows of each
+            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+        return loader
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        if processes.several():
+            self.state.num_input_tokens_seen += inputs["input_ids"].numel()
+        else:
+            super()._track_num_input_tokens(inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """FSDP takes the mean of what the processes' losses give; they are shares of one sum."""
+        self.accelerator.backward(loss * processes.count() if processes.sharded() else loss)
 
     def _is_without_window(self) -> bool:
         """Drawn from the seed and the step alone, so that a resumed run draws the same; never the first step, whose
@@ -240,8 +276,11 @@ class StageTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # called once a step before the optimizer: the last moment at which the parameters are still good
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if norm is not None and not math.isfinite(float(norm)):
-            bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            bad = []  # of shards each process knows its own
+            if not processes.sharded():
+                bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
             where = f" (first in {bad[0]})" if bad else ""
             self.stop_not_finite(f"the gradient's norm is {float(norm)}{where}")
         return norm
@@ -264,6 +303,10 @@ class StageTrainer(Trainer):
     def run(self, checkpoint: Path | None) -> None:
         """Trains to the end, from `checkpoint` if any. Raises UserError for a loss or gradient not finite, and
         SystemExit after a SIGTERM."""
+        with processes.lost_said(), self.sharded():
+            self._run(checkpoint)
+
+    def _run(self, checkpoint: Path | None) -> None:
         if checkpoint is not None and checkpoint_step(checkpoint) >= self.args.max_steps:
             try:
                 self._load_from_checkpoint(str(checkpoint))
@@ -294,13 +337,17 @@ class StageTrainer(Trainer):
         finally:
             self.tally.seconds, self._began = self.seconds, None
             self.pace.close()
-        if self.interrupt.asked:
-            print(
-                f"SIGTERM: {self.title} stopped at step {self.state.global_step} of {self.state.max_steps}, with a "
-                f"checkpoint in {self.folder}; --resume goes on from there",
-                file=sys.stderr,
-            )
-            raise SystemExit(EXIT_CODE)
+        if self.interrupt.agreed:
+            if processes.is_main():
+                self._say_stopped()
+            raise SystemExit(self.interrupt.exit_code)
+
+    def _say_stopped(self) -> None:
+        print(
+            f"{self.interrupt.name}: {self.title} stopped at step {self.state.global_step} of {self.state.max_steps}, "
+            f"with a checkpoint in {self.folder}; --resume goes on from there",
+            file=sys.stderr,
+        )
 
     # -- the log
 
@@ -316,16 +363,47 @@ class StageTrainer(Trainer):
             "lr": logs["learning_rate"],
             **self.tally.take(),
         }
+        if not processes.is_main():
+            return
         with open(self.folder / LOG_FILE, "a") as file:
             file.write(json.dumps(line) + "\n")
         if self.watch is not None:
             self.watch(line)
 
+    # -- shards: twins of the models take their place while the stage trains
+
+    def to_shard(self, student: Any, teacher: Any) -> tuple[nn.Module, list[nn.Module]]:
+        """Out of twins of the models, which the stage works with from now on: a module whose parameters hold all that
+        trains, and the modules to shard, inner ones first."""
+        raise NotImplementedError
+
+    @contextmanager
+    def sharded(self) -> Iterator[None]:
+        """Inside, the stage trains shards, where the run has them; at its end the models have what was learned."""
+        if not processes.sharded():
+            yield
+            return
+        whole, student, teacher = self._whole(), self.student, self.teacher
+        self._twin, self.student = sharding.twins(whole, student)
+        # on its own: a layer that runs the teacher's attention (--active) has the teacher's very modules
+        self.teacher = None if teacher is None else sharding.twins(teacher)[0]
+        self.model, modules = self.to_shard(self.student, self.teacher)
+        self.model_wrapped = self.model
+        sharding.shard(modules, self.args.device)
+        try:
+            yield
+            trained = {name: p for name, p in whole.named_parameters() if p.requires_grad}
+            sharding.gather(self._trainable(), trained)
+        finally:
+            self._twin, self.student, self.teacher = None, student, teacher
+            self.model = self.model_wrapped = whole
+
     # -- checkpoints: the frozen weights are in STUDENT already
 
     def _whole(self) -> nn.Module:
-        assert self.model is not None
-        return self.model
+        model = self.model if self._twin is None else self._twin
+        assert model is not None
+        return model
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._whole().named_parameters() if p.requires_grad}
@@ -333,15 +411,46 @@ class StageTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         target = Path(output_dir or self.folder)
         target.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in self._trainable().items()}, target / TRAINABLE_FILE)
+        if not processes.sharded():
+            save_file({name: p.detach().contiguous() for name, p in self._trainable().items()}, target / TRAINABLE_FILE)
         self.tally.save(target, seconds=self.seconds)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not processes.sharded():
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharding.save_shards(Path(output_dir), self._trainable(), self.optimizer)
+        assert self.lr_scheduler is not None
+        if processes.is_main():
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        together.meet()  # the main process writes next that the checkpoint is whole
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / TRAINABLE_FILE)
-        trainable = self._trainable()
-        if saved.keys() != trainable.keys():
+        checkpoint, trainable = Path(resume_from_checkpoint), self._trainable()
+        shards = sharding.holds_shards(checkpoint)
+        saved = {} if shards else load_file(checkpoint / TRAINABLE_FILE)
+        if (sharding.names_in(checkpoint) if shards else saved.keys()) != trainable.keys():
             raise UserError(f"{resume_from_checkpoint} holds other parameters than those that train now")
-        with torch.no_grad():
-            for name, parameter in trainable.items():
-                parameter.copy_(saved[name])
-        self.tally.load(Path(resume_from_checkpoint))
+        if shards:
+            sharding.load_shards(checkpoint, trainable)
+        else:
+            sharding.load_whole(trainable, saved)
+        self.tally.load(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (processes.sharded() or sharding.holds_shards(Path(checkpoint))):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+        assert self.lr_scheduler is not None
+        if sharding.holds_shards(Path(checkpoint)):
+            sharding.load_optimizer_shards(Path(checkpoint), self._trainable(), optimizer)
+        else:
+            saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            sharding.load_whole_optimizer(optimizer, saved)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        for group, rate in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate

@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import provenance
+from .. import processes, provenance
 from ..device import chosen_device
+from ..distill import together
 from ..distill.options import LogitOptions, with_overrides
 from ..distill.work import LOG_FILE, RecipeStage
 from ..errors import UsageError, UserError
@@ -107,15 +108,16 @@ def run_recipe(
     parse_dtype(dtype)
     for stage in chosen.stages:
         TextSource.parse(stage.dataset)
+        together.check_batch(stage.options)
+    processes.start(device)
     run = _Run(chosen, source, out, dtype=dtype, device=chosen_device(device), say=say, command=command)
-    run.open(resume=resume, overwrite=overwrite, dry_run=dry_run)
+    run.agree(lambda: run.open(resume=resume, overwrite=overwrite, dry_run=dry_run))
     if dry_run:
         run.convert(dry_run=True)
         return RecipeRun(recipe=chosen, out=out, stages=[run.planned(index) for index in range(len(run.folders))])
     for index in range(run.done, len(run.folders)):
-        guards.check_handover(run.folders, run.specs, run.teacher_identity, run.hashes(), index)
         run.step(index)
-    put_in_place(run.folders[-1], out)
+    processes.from_main(lambda: put_in_place(run.folders[-1], out))
     stages = [run.result(index) for index in range(len(run.folders))]
     return RecipeRun(recipe=chosen, out=out, stages=[*stages[:-1], replace(stages[-1], folder=str(out))])
 
@@ -142,10 +144,19 @@ class _Run:
         self.folders = [self.work / f"{index}-{name}" for index, name in enumerate(names, start=1)]
         conversion = {**recipe.convert, "seed": recipe.seed, "dtype": str(dtype)}
         self.specs: list[dict[str, Any]] = [conversion, *(stage.to_dict() for stage in recipe.stages)]
-        self.teacher_identity = guards.identity(source)
+        self.teacher_identity = processes.from_main(lambda: guards.identity(source))
         self.done = 0
         self.state: dict[str, Any] = {"stages": {}}
         self._teacher: Any = None
+
+    def agree(self, work: Callable[[], None]) -> None:
+        """Work of the main process; what is done, and known of it, is then known to all."""
+
+        def did() -> tuple[int, dict[str, Any]]:
+            work()
+            return self.done, self.state
+
+        self.done, self.state = processes.from_main(did)
 
     # -- the work folder
 
@@ -200,14 +211,23 @@ class _Run:
 
     def step(self, index: int) -> None:
         """Makes folder `index` whole."""
-        folder, began = self.folders[index], time.monotonic()
+        self.agree(lambda: guards.check_handover(self.folders, self.specs, self.teacher_identity, self.hashes(), index))
+        began = time.monotonic()
         if index == 0:
-            self.say(f"{folder.name}: {self.recipe.convert['to']}")
-            self.convert()
+            self.tell(f"{self.folders[0].name}: {self.recipe.convert['to']}")
+            processes.from_main(self.convert)
         else:
             stage = self.recipe.stages[index - 1]
-            self.say(f"{folder.name}: {stage.kind}, {stage.options.tokens:,} tokens")
+            self.tell(f"{self.folders[index].name}: {stage.kind}, {stage.options.tokens:,} tokens")
             self.train(index, stage)
+        self.agree(lambda: self._note(index, began))
+
+    def tell(self, text: str) -> None:
+        if processes.is_main():
+            self.say(text)
+
+    def _note(self, index: int, began: float) -> None:
+        folder = self.folders[index]
         record = provenance.read(folder) or {}
         self.state["stages"][folder.name] = {
             "hash": provenance.parent_hash(folder),
@@ -256,7 +276,9 @@ class _Run:
 
     def teacher(self) -> Any:
         if self._teacher is None:
-            self._teacher = load_model(self.source, dtype=self.dtype, device=self.device)
+            # what is sharded comes from host memory
+            device = "cpu" if processes.sharded() else self.device
+            self._teacher = load_model(self.source, dtype=self.dtype, device=device)
         return self._teacher
 
     def train(self, index: int, stage: Stage) -> None:
@@ -284,7 +306,7 @@ class _Run:
     def _watch(self, index: int, stage: Stage, log: list[dict[str, Any]]) -> Callable[[dict[str, Any]], None] | None:
         """Who reads the first KL of a logits stage; what the student had at the start is measured when first needed."""
         if index == 1 and not _has_kl(stage) and any(_has_kl(later) for later in self.recipe.stages):
-            self._measure_start(stage)
+            self.agree(lambda: self._measure_start(stage))
         if not _has_kl(stage):
             return None
         earlier = [before for before in self.recipe.stages[: index - 1] if _has_kl(before)]
@@ -303,7 +325,7 @@ class _Run:
         few = with_overrides(options, {"tokens": options.batch_size * options.max_length})
         tokenizer = load_tokenizer(str(self.folders[0]))
         rows = packed(stage.dataset, tokenizer, few, isolate=stage.isolate, text_field=stage.text_field)
-        student = load_student(str(self.folders[0]), dtype=self.dtype, device=self.device)
+        student = load_student(str(self.folders[0]), dtype=self.dtype, device=self.teacher().device)
         self.state["start_kl"] = guards.kl_of(student, self.teacher(), rows)
         self._save_state()
 
