@@ -214,7 +214,8 @@ def test_stages_run_on_other_layouts(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stage", "programs"),
-    [(name, "transfer", 1) for name in ("gpt_neox", "stablelm+norms", "cohere", "olmo2", *BENT)] + [("gpt2", "logits", 3)],
+    [(name, "transfer", 1) for name in ("gpt_neox", "stablelm+norms", "cohere", "olmo2", *BENT)]
+    + [("gpt2", "logits", 3)],
 )
 def test_compiled_layers(name, stage, programs):
     """One program for all layers of a kind, without graph breaks, and the losses of eager training."""
