@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,13 +54,18 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         UserError: as `family_of`.
     """
     family_of(config)
-    # A config as old as its checkpoint makes transformers warn about fields that conversion does not touch.
+    with quiet(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A config as old as its checkpoint makes transformers warn about fields that conversion does not touch."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+        yield
     finally:
         logger.setLevel(level)
 

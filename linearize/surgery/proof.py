@@ -59,27 +59,31 @@ def proven_calls(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy]
     Raises:
         UserError: as `calls_of` and `prove`.
     """
-    start = _last_start(teacher)
-    if start:
-        prove(teacher, anatomies, calls_of(teacher, anatomies, start))
     # The beginning comes last: rotary frequencies that follow the text's length are then as they were.
-    calls = calls_of(teacher, anatomies)
-    prove(teacher, anatomies, calls)
-    return calls
+    texts = [calls_of(teacher, anatomies, start) for start in starts_of(teacher)]
+    prove(teacher, anatomies, *texts)
+    return texts[-1]
 
 
-def _last_start(teacher: PreTrainedModel) -> int:
-    """The position at which the last text that the teacher has room for starts; 0 where it cannot be told."""
+def starts_of(teacher: PreTrainedModel) -> list[int]:
+    """The positions at which texts start: the last that the teacher has room for, where that can be told, and 0."""
     if "position_ids" not in inspect.signature(type(teacher.base_model).forward).parameters:
-        return 0
-    return max((getattr(teacher.config, "max_position_embeddings", None) or 0) - TOKENS, 0)
+        return [0]
+    last = max((getattr(teacher.config, "max_position_embeddings", None) or 0) - TOKENS, 0)
+    return [last, 0] if last else [0]
 
 
 @torch.no_grad()
-def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], start: int = 0) -> list[Call]:
+def calls_of(
+    teacher: PreTrainedModel,
+    anatomies: Sequence[AttentionAnatomy],
+    start: int = 0,
+    visit: Callable[[AttentionAnatomy, Call], None] | None = None,
+) -> list[Call]:
     """One short forward of the teacher on random tokens: the call of each attention module.
 
-    From the first position on they are two rows, the second padded; from another `start` on one row.
+    From the first position on they are two rows, the second padded; from another `start` on one row. `visit` is given
+    each call as it comes, before the module runs.
 
     Raises:
         UserError: a module is called in another way than those that are known.
@@ -92,6 +96,8 @@ def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], st
 
     def before(path: str, layer: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module is not modules[path]:  # the proof's copy, on a visit
+                return
             x = args[0] if args else kwargs.get("hidden_states")
             if len(args) > 1 or not isinstance(x, Tensor):
                 raise UserError(
@@ -101,12 +107,16 @@ def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], st
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states" and name not in CACHES}
             norm = next((child for child, output in made.pop(layer, []) if output is x), None)
             calls[path] = Call(x, rest, norm)
+            if visit is not None:
+                visit(by_path[path], calls[path])
 
         return hook
 
+    by_path = {anatomy.path: anatomy for anatomy in anatomies}
+    modules = {path: teacher.get_submodule(path) for path in by_path}
     handles = []
     for anatomy in anatomies:
-        attention = teacher.get_submodule(anatomy.path)
+        attention = modules[anatomy.path]
         for child in teacher.get_submodule(anatomy.layer_path).children():
             if child is not attention:
                 handles.append(child.register_forward_hook(after(anatomy.layer_path)))
@@ -150,18 +160,18 @@ def _text(teacher: PreTrainedModel, start: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def prove(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], calls: Sequence[Call]) -> None:
-    """Checks each anatomy against the teacher's module.
+def prove(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], *texts: Sequence[Call]) -> None:
+    """Checks each anatomy against the teacher's module, on its call in each of the texts.
 
     Raises:
         UserError: a module gives something else than its anatomy; names it, what was read, and how far off it is.
     """
-    for anatomy, call in zip(anatomies, calls, strict=True):
+    for anatomy, *calls in zip(anatomies, *texts, strict=True):
         module = teacher.get_submodule(anatomy.path)
         error: float | str = "it did not run"
         for dtype in (torch.float64, torch.float32):  # some devices have no fp64, and some families' code takes none
             try:
-                error = _error(module, anatomy, call, dtype)
+                error = _error(module, anatomy, calls, dtype)
                 break
             except (RuntimeError, TypeError, ValueError, IndexError) as problem:
                 if isinstance(problem, torch.OutOfMemoryError) and dtype == torch.float32:
@@ -182,14 +192,20 @@ def _text_of(anatomy: AttentionAnatomy) -> str:
     return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
-@torch.no_grad()
-def _error(module: nn.Module, anatomy: AttentionAnatomy, call: Call, dtype: torch.dtype) -> float:
-    """The relative error of the rebuilt module on what the teacher's was called with, at tokens that are no pads."""
+def _error(module: nn.Module, anatomy: AttentionAnatomy, calls: Sequence[Call], dtype: torch.dtype) -> float:
+    """The largest relative error of the rebuilt module on what the teacher's was called with."""
     module = copy.deepcopy(module).to(dtype).eval()
     config: Any = getattr(module, "config", None)  # the copy's own
     if config is not None and config._attn_implementation not in WIDE:
         config._attn_implementation = "sdpa"
     rebuilt = Projections(anatomy, module)
+    errors = [_error_of(module, rebuilt, call, dtype) for call in calls]
+    return max(errors, key=lambda error: float("inf") if error != error else error)
+
+
+def _error_of(module: nn.Module, rebuilt: Projections, call: Call, dtype: torch.dtype) -> float:
+    """The relative error on one call, at tokens that are no pads."""
+    anatomy = rebuilt.anatomy
     x = torch.nan_to_num(call.hidden_states).to(dtype)
     kwargs = {name: _widened(value, dtype) for name, value in call.kwargs.items()}
     positions = kwargs.get("position_embeddings")

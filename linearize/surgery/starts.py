@@ -87,15 +87,23 @@ def _normalized(attention: LinearizeAttention, name: str, moment: Tensor) -> Ten
 
 
 def _rotated(attention: LinearizeAttention, moment: Tensor, inv_freq: Tensor) -> Tensor:
-    """The mean over positions."""
+    """The mean over positions: y = c x + s (J x), channel by channel, with J what turns one half into the other."""
     anatomy = attention.anatomy
+    dim, turning = moment.shape[-1], anatomy.rotary_dim
     angle = POSITIONS[:, None].double() * inv_freq.cpu().double()
     angle = angle.repeat_interleave(2, -1) if anatomy.rotary == "pairs" else torch.cat([angle, angle], -1)
-    identity = torch.eye(moment.shape[-1], dtype=torch.float64)
-    # Rows of turned[p] are the rotated basis: y at position p is y0 @ turned[p].
-    basis = identity.expand(1, len(POSITIONS), -1, -1)
-    turned = rotate(basis, angle.cos()[None], angle.sin()[None], anatomy.rotary_dim, anatomy.rotary)[0]
-    return torch.einsum("pai,hab,pbj->hij", turned, moment, turned) / len(POSITIONS)
+
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(x[None, :, None], cos[None], sin[None], turning, anatomy.rotary)[0, :, 0]
+
+    ones = torch.ones(dim, turning, dtype=torch.float64)
+    across = turned(torch.eye(dim, dtype=torch.float64), 0 * ones, ones)  # row i is J e_i
+    across[turning:] = 0
+    c = turned(torch.ones(len(angle), dim, dtype=torch.float64), angle.cos(), 0 * angle)
+    s = turned(across.sum(-1).expand(len(angle), dim), 0 * angle, angle.sin())
+    left, right = across.mT @ moment, moment @ across
+    parts = (c, c, moment), (s, c, left), (c, s, right), (s, s, left @ across)
+    return sum((one.mT @ other / len(angle) * part for one, other, part in parts), torch.zeros_like(moment))
 
 
 def _square_root(moment: Tensor) -> Tensor:
