@@ -192,6 +192,7 @@ def write_model(ready: Streamed, folder: Path, work: Path, generation: Generatio
     student.generation_config = generation or ready.teacher.generation_config
     student.to(dtype=ready.teacher.dtype)  # without weights: it is what the config says of them
     beside = work / "beside"  # in `folder` it would take the weight files for those of a model that was there before
-    student.save_pretrained(beside, state_dict={})  # and no weights
+    beside.mkdir(exist_ok=True)
+    student.save_pretrained(beside, state_dict={})
     for path in beside.iterdir():
         path.replace(folder / path.name)
