@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -44,7 +45,8 @@ def prove_layerwise(
 
     Args:
         read, mapped: give a tensor of the teacher by its name, in memory and as little of it as can be.
-        visit: is given each proven layer's call, while its attention and its norms have their weights.
+        visit: is given each proven layer's call, while its attention and its norms have their weights; one at a time,
+            in another thread.
 
     Raises:
         UserError: as `proven_calls`.
@@ -57,11 +59,26 @@ def prove_layerwise(
         if not texts or any(call.norm is None for call in texts[-1]):
             _prove_on_the_way(teacher, anatomies, read, visit)
             return
-    for anatomy, *calls in zip(anatomies, *texts, strict=True):
-        layer = teacher.get_submodule(anatomy.layer_path)
-        with _filled(layer, _names(layer, _left_out(layer, anatomy)), read, anatomy.layer_path):
-            prove(teacher, [anatomy], *([call] for call in calls))
-            visit(anatomy, calls[-1])
+    # The next layer is proven while this one is visited: two have weights at a time.
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        visiting: Future[None] | None = None
+        for anatomy, *calls in zip(anatomies, *texts, strict=True):
+            layer = teacher.get_submodule(anatomy.layer_path)
+            with ExitStack() as stack:
+                names = _names(layer, _left_out(layer, anatomy))
+                stack.enter_context(_filled(layer, names, read, anatomy.layer_path))
+                prove(teacher, [anatomy], *([call] for call in calls))
+                if visiting is not None:
+                    visiting.result()
+                visiting = beside.submit(_visit_and_close, stack.pop_all(), visit, anatomy, calls[-1])
+        if visiting is not None:
+            visiting.result()
+
+
+@torch.no_grad()  # a thread has its own mode
+def _visit_and_close(stack: ExitStack, visit: Visit, anatomy: AttentionAnatomy, call: Call) -> None:
+    with stack:
+        visit(anatomy, call)
 
 
 def _calls_without_layers(

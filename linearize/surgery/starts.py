@@ -117,19 +117,18 @@ def based_projections(attention: LinearizeAttention, mixer: Based, moment_q: Ten
 
     With q = Cq^1/2 a and k = Ck^1/2 b, whitened a and b, s = a^T M b with M = Cq^1/2 Ck^1/2, and the best rank-d
     approximation keeps M's leading right singular vectors V (those of all query heads that share the key head,
-    stacked): k -> V^T Ck^-1/2 k, q -> V^T Ck^1/2 q.
+    stacked): k -> V^T Ck^-1/2 k, q -> V^T Ck^1/2 q. They are the eigenvectors of M^T M = Ck^1/2 Cq Ck^1/2.
     """
     anatomy = attention.anatomy
     size = anatomy.group_size
-    root_q, root_k = _square_root(moment_q), _square_root(moment_k)
+    root_k = _square_root(moment_k)
     per_query = mixer.num_states == mixer.num_heads
     for slot, group in enumerate(attention.mixer_groups):
         heads = range(group * size, (group + 1) * size)
         shared = [list(heads)] if not per_query else [[head] for head in heads]
         for member, members in enumerate(shared):
-            stacked = torch.cat([root_q[head] @ root_k[group] for head in members])
-            _, values, right = torch.linalg.svd(stacked, full_matrices=False)
-            basis = right[: mixer.feature_dim].mT  # [D, d]
+            squares, vectors = torch.linalg.eigh(root_k[group] @ moment_q[members].sum(0) @ root_k[group])
+            values, basis = squares.clamp(min=0).sqrt().flip(0), vectors.flip(-1)[:, : mixer.feature_dim]  # [D, d]
             inverse = torch.linalg.pinv(root_k[group], rcond=1e-6, hermitian=True)
             # Logits of a standard deviation above 1 leave the expansion's range, so they are cooled to it; and both
             # sides share the scale.
