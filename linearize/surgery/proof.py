@@ -204,9 +204,14 @@ def _error(module: nn.Module, anatomy: AttentionAnatomy, calls: Sequence[Call], 
     if config is not None and config._attn_implementation not in WIDE:
         config._attn_implementation = "sdpa"
     rebuilt = Projections(anatomy, module)
-    for name in anatomy.inputs:
-        _project_once(module.get_submodule(name))
-    errors = [_error_of(module, rebuilt, call, dtype) for call in calls]
+    inputs = [module.get_submodule(name) for name in anatomy.inputs]
+    for projection in inputs:
+        _project_once(projection)
+    try:
+        errors = [_error_of(module, rebuilt, call, dtype) for call in calls]
+    finally:
+        for projection in inputs:
+            del projection.forward  # which holds the module, and would keep its weights
     return max(errors, key=lambda error: float("inf") if error != error else error)
 
 
