@@ -19,6 +19,7 @@ from .families import FAMILIES, Family
 from .parts import BOUNDS, HEAD_DIMS, NORMS, OUTPUTS, PROJECTION, SCALES, SINKS, first, inputs_of, parts_text
 from .rotation import frequencies, rotation_of
 
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HOW_TO_ADD = "CONTRIBUTING.md shows how a family is added: its parts' names in linearize/surgery/parts.py"
 
 
@@ -136,6 +137,7 @@ class _Reader:
         if "mixer" in self.path.split("."):  # by that name new parameters are told from the teacher's
             raise UserError(f"{self.path}: attention modules of that name are not supported")
         names, rows = inputs
+        self._refuse_quantised((*names, output))
         heads = config.num_attention_heads
         named = first(module, HEAD_DIMS, int)
         dim = getattr(module, named) if named else config.hidden_size // heads
@@ -176,6 +178,20 @@ class _Reader:
             if present:
                 raise UserError(
                     f"{self.path} ({type(module).__name__}) has {part}, which linearize does not support yet"
+                )
+
+    def _refuse_quantised(self, names: tuple[str, ...]) -> None:
+        """A projection whose weight is packed, or in numbers that are scaled elsewhere, shows neither shape nor value."""
+        for name in names:
+            projection = self.module.get_submodule(name)
+            weight = projection.get_parameter("weight")
+            shape = (getattr(projection, "out_features", None), getattr(projection, "in_features", None))
+            if weight.dtype not in NUMBERS or (None not in shape and tuple(weight.shape) != shape):
+                kind = str(weight.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"{self.path}.{name} ({type(projection).__name__}) holds its weight quantised ({kind}, "
+                    f"{list(weight.shape)}), and linearize converts models as they were before that: load this one "
+                    "without quantization_config, or give the model that it was made of"
                 )
 
     def _refuse_strangers(self, known: tuple[str, ...]) -> None:
