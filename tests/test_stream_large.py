@@ -108,7 +108,7 @@ def test_four_gigabytes_take_one_of_memory_and_twice_the_time_of_a_copy(place):
     assert size > 4e9 and len(files) == 9 and max(path.stat().st_size for path in files) < 500_100_000
     # Based's start is the only one that decomposes matrices of the teacher's: it counts for memory, not for speed.
     ratios = []
-    for mixer in ("based", "linear", "linear", "linear"):  # what else the machine does slows one or the other
+    for mixer in ("based", *["linear"] * 5):  # what else the machine does slows one or the other
         (place / "copy").mkdir()
         began = time.monotonic()
         subprocess.run(["cp", *map(str, files), str(place / "copy")], check=True)

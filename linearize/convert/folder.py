@@ -110,7 +110,8 @@ def convert_folder(
         ready = streamed(files, config, to, dtype=chosen, **options)
         if ready is not None:
             try:
-                made = describe(ready.student, ready.teacher, to)
+                kind = str(ready.teacher.dtype).removeprefix("torch.")  # which a config may leave to its weights
+                made = planned if planned.dtype == kind else describe(ready.student, ready.teacher, to)
                 key = ready.key(seed=seed, max_shard_size=max_shard_size)
                 with resumed_folder(path, key, overwrite=overwrite) as (folder, work):
                     write_student(ready, folder, work, seed=seed, max_shard_size=max_shard_size)

@@ -181,7 +181,7 @@ class _Reader:
                 )
 
     def _refuse_quantised(self, names: tuple[str, ...]) -> None:
-        """A projection whose weight is packed, or in numbers that are scaled elsewhere, shows neither shape nor value."""
+        """A weight that is packed, or in numbers that are scaled elsewhere, shows neither shape nor value."""
         for name in names:
             projection = self.module.get_submodule(name)
             weight = projection.get_parameter("weight")

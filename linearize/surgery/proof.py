@@ -199,7 +199,9 @@ def _text_of(anatomy: AttentionAnatomy) -> str:
 
 def _error(module: nn.Module, anatomy: AttentionAnatomy, calls: Sequence[Call], dtype: torch.dtype) -> float:
     """The largest relative error of the rebuilt module on what the teacher's was called with."""
-    module = copy.deepcopy(module).to(dtype).eval()
+    # Parameters are made wide as they are copied, not copied first.
+    wide: dict[int, Any] = {id(each): nn.Parameter(each.to(dtype), requires_grad=False) for each in _numbers(module)}
+    module = copy.deepcopy(module, wide).to(dtype).eval()
     config: Any = getattr(module, "config", None)  # the copy's own
     if config is not None and config._attn_implementation not in WIDE:
         config._attn_implementation = "sdpa"
@@ -208,11 +210,16 @@ def _error(module: nn.Module, anatomy: AttentionAnatomy, calls: Sequence[Call], 
     for projection in inputs:
         _project_once(projection)
     try:
-        errors = [_error_of(module, rebuilt, call, dtype) for call in calls]
+        louder = _louder(rebuilt, calls[0], dtype)
+        errors = [_error_of(module, rebuilt, call, dtype, louder) for call in calls]
     finally:
         for projection in inputs:
             del projection.forward  # which holds the module, and would keep its weights
     return max(errors, key=lambda error: float("inf") if error != error else error)
+
+
+def _numbers(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.is_floating_point()]
 
 
 def _project_once(projection: nn.Module) -> None:
@@ -229,20 +236,24 @@ def _project_once(projection: nn.Module) -> None:
     projection.forward = remembering
 
 
-def _error_of(module: nn.Module, rebuilt: Projections, call: Call, dtype: torch.dtype) -> float:
+def _louder(rebuilt: Projections, call: Call, dtype: torch.dtype) -> Tensor:
+    """What to multiply the inputs with."""
+    x = torch.nan_to_num(call.hidden_states[:1]).to(dtype)
+    q, k, _ = rebuilt.project(x, _widened(call.kwargs.get("position_embeddings"), dtype))
+    logits = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(rebuilt.anatomy.group_size, 2))
+    spread = (logits * rebuilt.anatomy.scale).std().clamp(min=1e-6)
+    return torch.nan_to_num((SPREAD / spread).sqrt().clamp(1.0, LOUDEST), nan=1.0)
+
+
+def _error_of(module: nn.Module, rebuilt: Projections, call: Call, dtype: torch.dtype, louder: Tensor) -> float:
     """The relative error on one call, at tokens that are no pads."""
     anatomy = rebuilt.anatomy
-    x = torch.nan_to_num(call.hidden_states).to(dtype)
+    x = torch.nan_to_num(call.hidden_states).to(dtype) * louder
     kwargs = {name: _widened(value, dtype) for name, value in call.kwargs.items()}
     positions = kwargs.get("position_embeddings")
     # As it came: what is no key in a mask of floats is the lowest number of its own type.
     layout = read_layout(call.kwargs.get("attention_mask"), call.kwargs.get("position_ids"), *x.shape[:2])
     forget_layout()
-
-    q, k, _ = rebuilt.project(x[:1], positions)
-    logits = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(anatomy.group_size, 2)) * anatomy.scale
-    louder = (SPREAD / logits.std().clamp(min=1e-6)).sqrt().clamp(1.0, LOUDEST)
-    x = x * torch.nan_to_num(louder, nan=1.0)
 
     theirs = module(x, **kwargs)
     theirs = theirs[0] if isinstance(theirs, tuple) else theirs
