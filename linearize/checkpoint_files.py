@@ -8,13 +8,13 @@ import mmap
 import struct
 from collections.abc import Container
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from .errors import UserError
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MAX_HEADER = 100 << 20  # the limit of the safetensors library itself
 _BITS = {
@@ -24,32 +24,37 @@ _BITS = {
 }
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Checks every weight file that `from_pretrained` would read in `folder`, without reading weights.
 
+    Returns:
+        By tensor the file that it lies in, and what that file's header says of it: dtype, shape, data_offsets.
+
     Raises:
-        UserError: no safetensors (pickles are not loaded), a shard that is missing, truncated or corrupt.
+        UserError: no safetensors (pickles are not loaded), a name or a link that leads out of the folder, a shard that
+            is missing, truncated or corrupt.
     """
-    index = folder / _INDEX
-    if (folder / _SINGLE).is_file():  # transformers prefers it to an index, too
-        check_safetensors(folder / _SINGLE)
-        return
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file():  # transformers prefers it to an index, too
+        _check_inside(folder, SINGLE)
+        return {tensor: (single, entry) for tensor, entry in check_safetensors(single).items()}
     if not index.is_file():
         raise UserError(_no_weights(folder))
+    _check_inside(folder, INDEX)
+    shards = shards_of(index)
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards: dict[str, list[str]] = {}
-        for tensor, shard in weight_map.items():
-            shards.setdefault(shard, []).append(tensor)
         missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+    except OSError as error:  # a name that is too long
         raise UserError(f"{index} is not a shard index ({repr(error)[:300]}); download the model again") from error
     if missing:
         raise UserError(
             f"{folder}: {len(missing)} of the {len(shards)} shards named in {index.name} are missing "
             f"({_some(missing)}); download the model again"
         )
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    placed: dict[str, tuple[Path, dict[str, Any]]] = {}
     for shard, tensors in sorted(shards.items()):
+        _check_inside(folder, shard)
         held = check_safetensors(folder / shard)
         absent = sorted(set(tensors) - set(held))
         if absent:
@@ -58,6 +63,43 @@ def check_folder(folder: Path) -> None:
                 f"({_some(absent)}); "
                 "download the model again"
             )
+        found |= {tensor: (folder / shard, entry) for tensor, entry in held.items()}
+        placed |= {tensor: (folder / shard, held[tensor]) for tensor in tensors}
+    return found | placed  # transformers loads what an index forgets, too
+
+
+def shards_of(index: Path) -> dict[str, list[str]]:
+    """The shards that an index names, each with the tensors that it places there.
+
+    Raises:
+        UserError: it is no index, or names a file outside its folder.
+    """
+    shards: dict[str, list[str]] = {}
+    try:
+        for tensor, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            if not isinstance(shard, str):
+                raise TypeError(f"{tensor} is placed in {shard!r}")
+            shards.setdefault(shard, []).append(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise UserError(f"{index} is not a shard index ({repr(error)[:300]}); download the model again") from error
+    if not shards:
+        raise UserError(f"{index} names no tensors; download the model again")
+    for shard, tensors in shards.items():
+        paths = PurePosixPath(shard), PureWindowsPath(shard)
+        if any(path.anchor or ".." in path.parts for path in paths) or "\0" in shard or not PurePosixPath(shard).name:
+            raise UserError(
+                f"{index} places {tensors[0]} in {shard!r}, which is no file of its own folder; do not use this model, "
+                "or download it again from a place that you trust"
+            )
+    return shards
+
+
+def _check_inside(folder: Path, name: str) -> None:
+    """Refuses a link out of the folder; the Hub's cache links to its blobs, which are named by their hash."""
+    target = (folder / name).resolve()
+    in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    if not in_cache and not target.is_relative_to(folder.resolve()):
+        raise UserError(f"{folder / name} is a link out of its folder, to {target}; put the file itself there")
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:
@@ -79,15 +121,9 @@ def check_safetensors(path: Path) -> dict[str, Any]:
     try:
         header = json.loads(raw)
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        spans = sorted(
-            (start, stop, name) for name, entry in tensors.items() for start, stop in [entry["data_offsets"]]
-        )
+        spans = sorted((*_span(entry), name) for name, entry in tensors.items())
         bits = {name: _BITS.get(entry["dtype"]) for name, entry in tensors.items()}
-        counts = {name: math.prod(entry["shape"]) for name, entry in tensors.items()}
-        if not all(
-            isinstance(number, int) for number in (*(at for span in spans for at in span[:2]), *counts.values())
-        ):
-            raise ValueError("a shape or an offset is no whole number")
+        counts = {name: math.prod(_lengths(entry)) for name, entry in tensors.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(_damaged(path, f"its header cannot be read ({error!r})")) from error
     end = 0
@@ -102,6 +138,20 @@ def check_safetensors(path: Path) -> dict[str, Any]:
     if held > end:
         raise UserError(_damaged(path, f"{held - end} bytes follow the last tensor"))
     return tensors
+
+
+def _span(entry: Any) -> tuple[int, int]:
+    start, stop = entry["data_offsets"]
+    if type(start) is not int or type(stop) is not int or not 0 <= start <= stop:
+        raise ValueError(f"data_offsets {start!r}, {stop!r}")
+    return start, stop
+
+
+def _lengths(entry: Any) -> list[int]:
+    shape = entry["shape"]
+    if type(shape) is not list or any(type(length) is not int or length < 0 for length in shape):
+        raise ValueError(f"shape {shape!r}")
+    return shape
 
 
 @dataclass(frozen=True)
@@ -251,7 +301,7 @@ def _no_weights(folder: Path) -> str:
     parts = sorted(path.name for path in folder.glob("*.safetensors"))
     if parts:
         return (
-            f"{folder} has {_some(parts)} but neither {_SINGLE} nor {_INDEX}: the download is not whole; "
+            f"{folder} has {_some(parts)} but neither {SINGLE} nor {INDEX}: the download is not whole; "
             "download the model again"
         )
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
@@ -263,7 +313,7 @@ def _no_weights(folder: Path) -> str:
         )
     if gguf := gguf_names(folder):
         return f"{folder} has no safetensors but GGUF files ({_some(gguf)}): pass one with --gguf-file {gguf[0]}"
-    return f"{folder} has a config but no weights (no {_SINGLE}, no {_INDEX}); download the whole model"
+    return f"{folder} has a config but no weights (no {SINGLE}, no {INDEX}); download the whole model"
 
 
 def _some(names: Container[str] | list[str]) -> str:

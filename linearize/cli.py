@@ -205,6 +205,9 @@ def convert_verb(
 ) -> None:
     """Swap MODEL's softmax attention for MIXER and write a folder that transformers loads.
 
+    Safetensors are converted from file to file, a layer in memory at a time; stopped half way, the same command goes
+    on. --calibrate, auto, --device and GGUF files load the model.
+
     \b
     linearize convert HuggingFaceTB/SmolLM2-135M-Instruct --to based -o smol-based
     linearize convert ./models --gguf-file model.Q4_1.gguf --to gla --window 128 -o smol-gla

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -66,13 +67,88 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     path = check_new(out, overwrite=overwrite)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    made = [parent for parent in path.absolute().parents if not os.path.lexists(parent)]
+    made = _absent_parents(path)
     try:
-        _remove(partial)  # left by a killed process of the same id
-        partial.mkdir(parents=True)
-        yield partial
-        check_new(path, overwrite=overwrite)  # someone else may have been quicker
-        put_in_place(partial, path)
+        with _said(path):
+            _remove(partial)  # left by a killed process of the same id
+            partial.mkdir(parents=True)
+            yield partial
+            check_new(path, overwrite=overwrite)  # someone else may have been quicker
+            put_in_place(partial, path)
+    finally:
+        _remove(partial)
+        _remove_empty(made)
+
+
+@contextmanager
+def resumed_folder(out: str | Path, key: str, *, overwrite: bool = False) -> Iterator[tuple[Path, Path]]:
+    """As `new_folder`, but what a kill or Ctrl-C leaves is given again to the next call with the same `out` and `key`.
+
+    Gives the folder that becomes `out`, and one in it for what is needed on the way alone. `key` says all that decides
+    what is written, in letters that a file's name may have; leftovers of other keys are removed, and so is everything
+    where the body fails.
+
+    Raises:
+        UsageError, UserError: as `new_folder`, and where another process writes the same just now.
+    """
+    path = check_new(out, overwrite=overwrite)
+    partial = path.with_name(f".{path.name}.unfinished-{key}")
+    work = partial / ".work"
+    made = _absent_parents(path)
+    done = False
+    try:
+        with _said(path):
+            work.mkdir(parents=True, exist_ok=True)
+            with _locked(work) as mine:
+                if not mine:
+                    raise UserError(f"-o/--out: another process is writing {path}; wait for it, or choose another name")
+                try:
+                    _remove_leftovers(path, partial)
+                    yield partial, work
+                    check_new(path, overwrite=overwrite)
+                    done = True
+                except Exception:
+                    _remove(partial)
+                    raise
+            _remove(work)
+            put_in_place(partial, path)
+    finally:
+        if done:
+            _remove(partial)
+        _remove_empty(made)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether this process alone has `folder` for the body; the system lets go of it when a process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows does not let a folder be removed whose files are open
+        yield True
+        return
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            yield error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # some file systems have no locks
+            return
+        yield True
+
+
+def _remove_leftovers(path: Path, partial: Path) -> None:
+    """What killed calls with other keys left; what a running one writes stays."""
+    for other in path.parent.glob(f".{glob.escape(path.name)}.unfinished-*"):
+        if other != partial and (other / ".work").is_dir():
+            with _locked(other / ".work") as free:
+                if free:
+                    _remove(other)
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """Says in one message where the body fails because `path` cannot be written."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:
@@ -81,11 +157,16 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         if isinstance(error, PermissionError):
             raise UserError(f"-o/--out: cannot write {path}: {error}") from error
         raise
-    finally:
-        _remove(partial)
-        for parent in made:  # innermost first; one that holds OUT, or anything else, stays
-            with suppress(OSError):
-                parent.rmdir()
+
+
+def _absent_parents(path: Path) -> list[Path]:
+    return [parent for parent in path.absolute().parents if not os.path.lexists(parent)]
+
+
+def _remove_empty(made: list[Path]) -> None:
+    for parent in made:  # innermost first; one that holds OUT, or anything else, stays
+        with suppress(OSError):
+            parent.rmdir()
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import cached_file
 
-from .checkpoint_files import block_sizes, check_folder, gguf_names
+from .checkpoint_files import INDEX, SINGLE, block_sizes, check_folder, gguf_names, shards_of
 from .errors import UsageError, UserError
 from .gguf_model import gguf_config, gguf_tokenizer, load_gguf
 from .json_files import read_object
@@ -154,6 +162,45 @@ def bounding(model: PreTrainedModel) -> PreTrainedModel:
     if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
     return model
+
+
+def weights_folder(src: str | Path | ModelSource) -> Path | None:
+    """The folder with a model's safetensors, which are fetched from the Hub where need be; None for what is loaded in
+    another way: a GGUF file, an adapter, a config alone, a model on the Hub that has no safetensors.
+
+    Raises:
+        UserError: there is no such model, or it cannot be fetched, or its index names files outside its folder.
+    """
+    src = ModelSource.of(src)
+    place = _resolve(src)
+    if place.gguf is not None or place.config_file is not None or _adapter_base(src, place) is not None:
+        return None
+    if place.folder is not None:
+        return place.folder
+    with said_clearly("downloading", src.model, src.revision):
+        single = cached_file(src.model, SINGLE, revision=src.revision, _raise_exceptions_for_missing_entries=False)
+        if single is not None:
+            return Path(single).parent
+        index = cached_file(src.model, INDEX, revision=src.revision, _raise_exceptions_for_missing_entries=False)
+        if index is None:
+            return None
+        folder = Path(index).parent
+        for shard in shards_of(Path(index)):
+            cached_file(src.model, shard, revision=folder.name)
+        return folder
+
+
+def load_generation_config(src: str | Path | ModelSource) -> GenerationConfig | None:
+    """The model's generation config as loading it would give; None where its files say nothing of generation."""
+    src = ModelSource.of(src)
+    place = _resolve(src)
+    forms: list[dict[str, Any]] = [{}, {"config_file_name": "config.json", "_from_model_config": True}]
+    for options in forms:
+        try:
+            return GenerationConfig.from_pretrained(place.repo, revision=src.revision or "main", **options)
+        except OSError:
+            continue
+    return None
 
 
 def load_student(

@@ -336,6 +336,35 @@ def test_the_proof_refuses_what_was_read_wrongly(name, facts):
         prove(teacher, wrong, calls)
 
 
+class Packed(torch.nn.Linear):
+    """As bitsandbytes' Linear4bit: the weight is bytes in a column, and only the forward knows what they mean."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        packed = torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+        self.quant_state = linear.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.quant_state, self.bias)
+
+
+@pytest.mark.parametrize("which", ["q_proj", "o_proj"])
+def test_a_quantised_teacher_is_refused_by_name(which):
+    teacher = teacher_of("llama")
+    attention = teacher.model.layers[1].self_attn
+    setattr(attention, which, Packed(getattr(attention, which)))
+    with pytest.raises(
+        UserError, match=rf"layers\.1\.self_attn\.{which} \(Packed\) holds its weight quantised \(uint8"
+    ):
+        convert(teacher, "linear")
+    teacher = teacher_of("llama")
+    projection = getattr(teacher.model.layers[0].self_attn, which)
+    projection.weight = torch.nn.Parameter(projection.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(UserError, match="holds its weight quantised"):
+        convert(teacher, "linear")
+
+
 @pytest.mark.parametrize("std", [0.02, 0.2])
 def test_the_proof_sees_a_bound_that_no_attribute_shows(std):
     """Of logits, as Gemma 2 bounds them; with weights so small, too, that its logits stay far below the bound."""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from linearize import provenance
 from linearize.errors import UsageError, UserError
-from linearize.output import check_new, new_folder
+from linearize.output import check_new, new_folder, resumed_folder
 
 
 def fill(folder: Path, text: str) -> None:
@@ -40,6 +40,49 @@ def test_a_failure_leaves_nothing(tmp_path):
         fill(partial, "half")
         raise KeyboardInterrupt
     assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_what_was_interrupted_is_given_again(tmp_path, kind):
+    out = tmp_path / "deep" / "student"
+    with pytest.raises(kind), resumed_folder(out, "a") as (partial, work):
+        assert work.parent == partial and partial.parent == out.parent
+        fill(partial, "half")
+        raise kind
+    assert not out.exists()
+    with resumed_folder(out, "a") as (again, work):
+        assert again == partial and (again / "config.json").read_text() == "half"
+        (work / "on the way").write_text("")
+        fill(again, "whole")
+    assert entries(out) == ["config.json"] and (out / "config.json").read_text() == "whole"
+    assert entries(out.parent) == ["student"]
+
+
+def test_what_failed_is_not_given_again(tmp_path):
+    out = tmp_path / "deep" / "student"
+    for error in (ZeroDivisionError("x"), OSError(errno.ENOSPC, "No space left on device")):
+        with pytest.raises((ZeroDivisionError, UserError)), resumed_folder(out, "a") as (partial, _):
+            fill(partial, "half")
+            raise error
+        assert entries(tmp_path) == []
+
+
+def test_leftovers_of_another_kind_are_removed_unless_they_are_written(tmp_path):
+    out = tmp_path / "student"
+    for key in ("a", "b"):
+        with pytest.raises(KeyboardInterrupt), resumed_folder(out, key):
+            raise KeyboardInterrupt
+        assert entries(tmp_path) == [f".student.unfinished-{key}"]
+    other = tmp_path / "student.unfinished-x"
+    other.mkdir()
+    with resumed_folder(out, "b") as (partial, _):
+        with pytest.raises(UserError, match="another process is writing"), resumed_folder(out, "b"):
+            pytest.fail("the body ran")
+        with pytest.raises(KeyboardInterrupt), resumed_folder(out, "c"):
+            assert partial.is_dir()
+            raise KeyboardInterrupt
+        fill(partial, "whole")
+    assert (out / "config.json").read_text() == "whole" and other.is_dir()
 
 
 def test_existing_folder_is_refused_before_the_body(tmp_path):

@@ -11,13 +11,15 @@ BATCH, LENGTH, TOKENS = 1, 2048, 20_000_000
 SUSTAINED_FLOPS = 200e12  # a bf16 training step of this kind on one H100-class GPU
 
 
-def convert_estimate(parameters: int, new_parameters: int, element: int) -> dict[str, Any]:
-    """Conversion holds one copy of the weights and reads and writes them once; `element` is a weight's bytes."""
+def convert_estimate(parameters: int, new_parameters: int, attention: int, element: int) -> dict[str, Any]:
+    """From file to file, conversion holds the attention of two layers, of `attention` parameters each, and wide copies
+    of it; loaded, one copy of the weights. `element` is a weight's bytes."""
     size = parameters * element + new_parameters * (4 - element)
     return {
-        "memory_bytes": size + GIB // 2,
+        "memory_bytes": attention * (2 * element + 4 + 2 * 8) + GIB // 2,
+        "memory_bytes_loaded": size + GIB // 2,
         "seconds": round(2 * size / 500e6 + 5, 1),
-        "assumes": "one copy of the weights and 0.5 GiB of program; 500 MB/s of disk, read and write",
+        "assumes": "a layer at a time and 0.5 GiB of program; 500 MB/s of disk, read and write",
     }
 
 

@@ -15,11 +15,23 @@ from ..calibrate import CalibrateOptions
 from ..calibrate.figures import calibration_figure, save, scores_figure
 from ..data import TextSource
 from ..errors import UsageError
-from ..output import check_new, new_folder
-from ..source import ModelSource, commit_of, load_config, load_model, load_tokenizer, parse_device, parse_dtype
+from ..output import check_new, new_folder, resumed_folder
+from ..source import (
+    ModelSource,
+    commit_of,
+    load_config,
+    load_generation_config,
+    load_model,
+    load_tokenizer,
+    parse_device,
+    parse_dtype,
+    weights_folder,
+)
 from ..surgery.student import calibrated_options, check_mixer
 from .calibrated import convert
+from .origins import NotPlain
 from .plan import Plan, describe, plan
+from .stream import streamed, write_model, write_student
 
 _SIZE = re.compile(r"0*[1-9]\d*(\.\d+)?[KMGT]B", re.IGNORECASE)
 
@@ -74,6 +86,41 @@ def convert_folder(
         return planned
     began = time.monotonic()
     tokenizer = load_tokenizer(source)
+    measured = calibrate_on is not None or planned.placeholder is not None
+
+    def record(folder: Path, made: Plan, commit: str | None, tokens: int = 0) -> None:
+        found = provenance.record(
+            command=command,
+            stage="convert",
+            parent=source.model if source.gguf_file is None else str(Path(source.model) / source.gguf_file),
+            teacher=source.describe() | ({} if commit is None else {"commit": commit}),
+            mixer=to,
+            mixer_options=made.mixer_options,
+            softmax_heads={layer.index: layer.softmax_heads for layer in made.layers if layer.softmax_heads},
+            softmax_window=options.get("keep_window"),
+            seed=seed,
+            tokens=tokens,
+            calibrated_on=calibrate_on,
+            seconds=round(time.monotonic() - began, 1),
+            hardware=provenance.hardware(place),
+        )
+        provenance.write(folder, json.loads(json.dumps(found)))
+
+    if not measured and place.type == "cpu" and (files := weights_folder(source)) is not None:
+        ready = streamed(files, config, to, dtype=chosen, **options)
+        if ready is not None:
+            try:
+                kind = str(ready.teacher.dtype).removeprefix("torch.")  # which a config may leave to its weights
+                made = planned if planned.dtype == kind else describe(ready.student, ready.teacher, to)
+                key = ready.key(seed=seed, max_shard_size=max_shard_size)
+                with resumed_folder(path, key, overwrite=overwrite) as (folder, work):
+                    write_student(ready, folder, work, seed=seed, max_shard_size=max_shard_size)
+                    write_model(ready, folder, work, load_generation_config(source))
+                    tokenizer.save_pretrained(folder)
+                    record(folder, made, None if Path(source.model).expanduser().exists() else files.name)
+                return made
+            except NotPlain:  # the proof needs more than lies in the files as it is
+                pass
     teacher = load_model(source, dtype=chosen, device=place)
     student = convert(
         teacher,
@@ -87,28 +134,12 @@ def convert_folder(
         text_field=text_field,
         **options,
     )
-    seconds = time.monotonic() - began
     made = describe(student, teacher, to)
     with new_folder(path, overwrite=overwrite) as folder:
         student.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
         _write_measured(folder, student)
-        record = provenance.record(
-            command=command,
-            stage="convert",
-            parent=source.model if source.gguf_file is None else str(Path(source.model) / source.gguf_file),
-            teacher=source.describe() | ({} if (commit := commit_of(teacher)) is None else {"commit": commit}),
-            mixer=to,
-            mixer_options=made.mixer_options,
-            softmax_heads={layer.index: layer.softmax_heads for layer in made.layers if layer.softmax_heads},
-            softmax_window=options.get("keep_window"),
-            seed=seed,
-            tokens=0 if student.calibration is None else student.calibration.tokens,
-            calibrated_on=calibrate_on,
-            seconds=round(seconds, 1),
-            hardware=provenance.hardware(place),
-        )
-        provenance.write(folder, json.loads(json.dumps(record)))
+        record(folder, made, commit_of(teacher), 0 if student.calibration is None else student.calibration.tokens)
     return made
 
 

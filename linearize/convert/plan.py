@@ -120,6 +120,8 @@ def describe(student: LinearizeForCausalLM, teacher: PreTrainedModel, to: str) -
         kv_teacher += heads
         kv += heads if attention is None else attention.kv_bytes_per_token(element)
         state += 0 if attention is None else attention.state_bytes(element)
+    modules = [teacher.get_submodule(anatomy.path) for anatomy in anatomies]
+    largest = max(sum(tensor.numel() for tensor in module.parameters()) for module in modules)
     facts = {
         "parameters": parameters,
         "new_parameters": new_parameters,
@@ -137,7 +139,7 @@ def describe(student: LinearizeForCausalLM, teacher: PreTrainedModel, to: str) -
         state_bytes_per_sequence=state,
         kv_bytes_per_token=kv,
         kv_bytes_per_token_teacher=kv_teacher,
-        convert=convert_estimate(parameters, new_parameters, element),
+        convert=convert_estimate(parameters, new_parameters, largest, element),
         distill=distill_estimate(facts, getattr(config, "intermediate_size", None)),
     )
 

@@ -58,6 +58,8 @@ def format_plan(plan: Plan, *, tensors: bool = True) -> str:
         lines.append(f"{plan.placeholder}: measured at the conversion; below as many, evenly spread")
     memory, seconds = plan.convert["memory_bytes"], plan.convert["seconds"]
     lines.append(f"convert           about {size(memory)}, {seconds:.0f} s ({plan.convert['assumes']})")
+    loaded = size(plan.convert["memory_bytes_loaded"])
+    lines.append(f"                  about {loaded} where the model is loaded: --calibrate, auto, --device, GGUF")
     for name, stage in plan.distill["stages"].items():
         fits = "fits one 80 GB GPU" if stage["fits_80_gb"] else "does not fit one 80 GB GPU"
         lines.append(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from .parts import (
 )
 from .rotation import frequencies, rotation_of
 
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HOW_TO_ADD = "CONTRIBUTING.md shows how a family is added: its parts' names in linearize/surgery/parts.py"
 
 
@@ -67,12 +70,8 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         UserError: as `family_of`; a config of which transformers makes no model.
     """
     family_of(config)
-    # A config as old as its checkpoint makes transformers warn about fields that conversion does not touch.
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        with torch.device("meta"):
+        with quiet(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())
@@ -80,6 +79,16 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
             f"transformers makes no model of this config ({type(error).__name__}: {said[:300]}): a number or a name in "
             "config.json is wrong; download it again"
         ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A config as old as its checkpoint makes transformers warn about fields that conversion does not touch."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         logger.setLevel(level)
 
@@ -155,6 +164,7 @@ class _Reader:
         if "mixer" in self.path.split("."):  # by that name new parameters are told from the teacher's
             raise UserError(f"{self.path}: attention modules of that name are not supported")
         names, rows = inputs
+        self._refuse_quantised((*names, output))
         heads = config.num_attention_heads
         named = first(module, HEAD_DIMS, int)
         dim = getattr(module, named) if named else config.hidden_size // heads
@@ -196,6 +206,20 @@ class _Reader:
             if present:
                 raise UserError(
                     f"{self.path} ({type(module).__name__}) has {part}, which linearize does not support yet"
+                )
+
+    def _refuse_quantised(self, names: tuple[str, ...]) -> None:
+        """A weight that is packed, or in numbers that are scaled elsewhere, shows neither shape nor value."""
+        for name in names:
+            projection = self.module.get_submodule(name)
+            weight = projection.get_parameter("weight")
+            shape = (getattr(projection, "out_features", None), getattr(projection, "in_features", None))
+            if weight.dtype not in NUMBERS or (None not in shape and tuple(weight.shape) != shape):
+                kind = str(weight.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"{self.path}.{name} ({type(projection).__name__}) holds its weight quantised ({kind}, "
+                    f"{list(weight.shape)}), and linearize converts models as they were before that: load this one "
+                    "without quantization_config, or give the model that it was made of"
                 )
 
     def _set(self, names: tuple[str, ...]) -> float | None:

@@ -2,8 +2,8 @@
 
 Whatever the names say, a module that computes something else (other positions, another mask, one more part) would make
 a student that is silently wrong. So the modules' calls are caught, and each is made again: by the teacher's module, and
-by softmax over the queries, keys and values that the student would have. Both in fp64 and a module at a time, because
-the model's own precision would hide a difference.
+by softmax over the queries, keys and values that the student would have. Both in a wide precision and a module at a
+time, because the model's own would hide a difference.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ from .parts import ALIBI_SCALES, first, parts_text
 # Tokens of a row, the pads on the left of the second, and the sliding window for as long as the proof takes: a longer
 # one would not show in so short a text.
 TOKENS, PADS, WINDOW = 24, 7, 12
-# A wrong part gives 1e-3 and more, rounding 1e-6 (some teachers round their softmax to fp32).
+# A wrong part gives 1e-3 and more, rounding 1e-6 (some teachers round their softmax to fp32). What fp32 finds to be ten
+# times nearer than it must is proven; fp64, which takes twice as long, says the rest, and fp32 again where a device or
+# a family's code has no fp64.
 TOLERANCE = 1e-4
+PRECISIONS = ((torch.float32, TOLERANCE / 10), (torch.float64, TOLERANCE), (torch.float32, TOLERANCE))
 # Logits of a smaller spread would not show what is done to large ones: inputs are made louder, up to so many times.
 SPREAD, LOUDEST = 5.0, 10.0
 # Implementations that compute in fp64 as they do in bf16; others (flash) give way to the first that knows the logits.
@@ -66,27 +69,31 @@ def proven_calls(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy]
             f"{type(teacher).__name__} was loaded with sdpa attention, which does not bound its logits as its config "
             "says: load it with attn_implementation='eager'"
         )
-    start = _last_start(teacher)
-    if start:
-        prove(teacher, anatomies, calls_of(teacher, anatomies, start))
     # The beginning comes last: rotary frequencies that follow the text's length are then as they were.
-    calls = calls_of(teacher, anatomies)
-    prove(teacher, anatomies, calls)
-    return calls
+    texts = [calls_of(teacher, anatomies, start) for start in starts_of(teacher)]
+    prove(teacher, anatomies, *texts)
+    return texts[-1]
 
 
-def _last_start(teacher: PreTrainedModel) -> int:
-    """The position at which the last text that the teacher has room for starts; 0 where it cannot be told."""
+def starts_of(teacher: PreTrainedModel) -> list[int]:
+    """The positions at which texts start: the last that the teacher has room for, where that can be told, and 0."""
     if "position_ids" not in inspect.signature(type(teacher.base_model).forward).parameters:
-        return 0
-    return max((getattr(teacher.config, "max_position_embeddings", None) or 0) - TOKENS, 0)
+        return [0]
+    last = max((getattr(teacher.config, "max_position_embeddings", None) or 0) - TOKENS, 0)
+    return [last, 0] if last else [0]
 
 
 @torch.no_grad()
-def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], start: int = 0) -> list[Call]:
+def calls_of(
+    teacher: PreTrainedModel,
+    anatomies: Sequence[AttentionAnatomy],
+    start: int = 0,
+    visit: Callable[[AttentionAnatomy, Call], None] | None = None,
+) -> list[Call]:
     """One short forward of the teacher on random tokens: the call of each attention module.
 
-    From the first position on they are two rows, the second padded; from another `start` on one row.
+    From the first position on they are two rows, the second padded; from another `start` on one row. `visit` is given
+    each call as it comes, before the module runs.
 
     Raises:
         UserError: a module is called in another way than those that are known.
@@ -99,6 +106,8 @@ def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], st
 
     def before(path: str, layer: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module is not modules[path]:  # the proof's copy, on a visit
+                return
             named = dict(zip(inspect.signature(type(module).forward).parameters, (module, *args), strict=False))
             x = named.get("hidden_states", kwargs.get("hidden_states"))
             # The students' take the same by position: the input, and the residual where the anatomy has one.
@@ -111,12 +120,16 @@ def calls_of(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], st
             rest = {name: value for name, value in given.items() if name != "hidden_states" and name not in CACHES}
             norm = next((child for child, output in made.pop(layer, []) if output is x), None)
             calls[path] = Call(x, rest, norm)
+            if visit is not None:
+                visit(by_path[path], calls[path])
 
         return hook
 
+    by_path = {anatomy.path: anatomy for anatomy in anatomies}
+    modules = {path: teacher.get_submodule(path) for path in by_path}
     handles = []
     for anatomy in anatomies:
-        attention = teacher.get_submodule(anatomy.path)
+        attention = modules[anatomy.path]
         for child in teacher.get_submodule(anatomy.layer_path).children():
             if child is not attention:
                 handles.append(child.register_forward_hook(after(anatomy.layer_path)))
@@ -165,23 +178,25 @@ def _text(teacher: PreTrainedModel, start: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def prove(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], calls: Sequence[Call]) -> None:
-    """Checks each anatomy against the teacher's module.
+def prove(teacher: PreTrainedModel, anatomies: Sequence[AttentionAnatomy], *texts: Sequence[Call]) -> None:
+    """Checks each anatomy against the teacher's module, on its call in each of the texts.
 
     Raises:
         UserError: a module gives something else than its anatomy; names it, what was read, and how far off it is.
     """
-    for anatomy, call in zip(anatomies, calls, strict=True):
+    for anatomy, *calls in zip(anatomies, *texts, strict=True):
         module = teacher.get_submodule(anatomy.path)
         error: float | str = "it did not run"
-        for dtype in (torch.float64, torch.float32):  # some devices have no fp64, and some families' code takes none
+        for dtype, tolerance in PRECISIONS:
             try:
-                error = _error(module, anatomy, call, dtype)
-                break
+                error = _error(module, anatomy, calls, dtype)
             except (RuntimeError, TypeError, ValueError, IndexError) as problem:
                 if isinstance(problem, torch.OutOfMemoryError) and dtype == torch.float32:
                     raise
                 error = (str(problem) or type(problem).__name__).splitlines()[0]
+                continue
+            if error <= tolerance or dtype == torch.float64:
+                break
         if isinstance(error, str) or not error <= TOLERANCE:
             how = error if isinstance(error, str) else f"its output is {error:.1e} (relative) away"
             raise UserError(
@@ -197,15 +212,58 @@ def _text_of(anatomy: AttentionAnatomy) -> str:
     return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
-@torch.no_grad()
-def _error(module: nn.Module, anatomy: AttentionAnatomy, call: Call, dtype: torch.dtype) -> float:
-    """The relative error of the rebuilt module on what the teacher's was called with, at tokens that are no pads."""
-    module = copy.deepcopy(module).to(dtype).eval()
+def _error(module: nn.Module, anatomy: AttentionAnatomy, calls: Sequence[Call], dtype: torch.dtype) -> float:
+    """The largest relative error of the rebuilt module on what the teacher's was called with."""
+    # Parameters are made wide as they are copied, not copied first.
+    wide: dict[int, Any] = {id(each): nn.Parameter(each.to(dtype), requires_grad=False) for each in _numbers(module)}
+    module = copy.deepcopy(module, wide).to(dtype).eval()
     config: Any = getattr(module, "config", None)  # the copy's own
     if config is not None and config._attn_implementation not in _wide([anatomy]):
         config._attn_implementation = _wide([anatomy])[0]
     rebuilt = Projections(anatomy, module)
-    x = torch.nan_to_num(call.hidden_states).to(dtype)
+    inputs = [module.get_submodule(name) for name in anatomy.inputs]
+    for projection in inputs:
+        _project_once(projection)
+    try:
+        louder = _louder(rebuilt, calls[0], dtype)
+        errors = [_error_of(module, rebuilt, call, dtype, louder) for call in calls]
+    finally:
+        for projection in inputs:
+            del projection.forward  # which holds the module, and would keep its weights
+    return max(errors, key=lambda error: float("inf") if error != error else error)
+
+
+def _numbers(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+
+
+def _project_once(projection: nn.Module) -> None:
+    """Given the same input again, as by the module and then by its rebuild, it gives the same again: most of the
+    proof's time goes there. A copy, because what is done to it in place must not show."""
+    forward = projection.forward
+    last: list[Tensor] = []
+
+    def remembering(x: Tensor) -> Tensor:
+        if not last or last[0] is not x:
+            last[:] = x, forward(x)
+        return last[1].clone()
+
+    projection.forward = remembering
+
+
+def _louder(rebuilt: Projections, call: Call, dtype: torch.dtype) -> Tensor:
+    """What to multiply the inputs with."""
+    x = torch.nan_to_num(call.hidden_states[:1]).to(dtype)
+    q, k, _ = rebuilt.project(x, _widened(call.kwargs.get("position_embeddings"), dtype))
+    logits = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(rebuilt.anatomy.group_size, 2))
+    spread = (logits * rebuilt.anatomy.scale).std().clamp(min=1e-6)
+    return torch.nan_to_num((SPREAD / spread).sqrt().clamp(1.0, LOUDEST), nan=1.0)
+
+
+def _error_of(module: nn.Module, rebuilt: Projections, call: Call, dtype: torch.dtype, louder: Tensor) -> float:
+    """The relative error on one call, at tokens that are no pads."""
+    anatomy = rebuilt.anatomy
+    x = torch.nan_to_num(call.hidden_states).to(dtype) * louder
     kwargs = {name: _widened(value, dtype) for name, value in call.kwargs.items()}
     positions = kwargs.get("position_embeddings")
     # As it came: what is no key in a mask of floats is the lowest number of its own type.
@@ -213,11 +271,6 @@ def _error(module: nn.Module, anatomy: AttentionAnatomy, call: Call, dtype: torc
     forget_layout()
     if anatomy.alibi:
         kwargs |= _unrounded(anatomy, module, layout, kwargs)
-
-    q, k, _ = rebuilt.project(x, positions)
-    logits = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(anatomy.group_size, 2)) * anatomy.scale
-    louder = (SPREAD / logits.std().clamp(min=1e-6)).sqrt().clamp(1.0, LOUDEST)
-    x = x * torch.nan_to_num(louder, nan=1.0)
 
     theirs = module(x, **kwargs)
     theirs = theirs[0] if isinstance(theirs, tuple) else theirs

@@ -19,7 +19,8 @@ def frequencies(model: PreTrainedModel, layer: int) -> Tensor | None:
     """[rotary_dim / 2], the rotary frequencies of a layer, which may depend on its type; None where there are none."""
     types = getattr(model.config, "layer_types", None)
     names = [f"{types[layer]}_inv_freq"] if types else []
-    for module in model.modules():
+    # Where most families have them first: all modules of a large model, for each layer, take a second.
+    for module in (*model.base_model.children(), *model.modules()):
         for name in (*names, "inv_freq"):
             found = getattr(module, name, None)
             if isinstance(found, Tensor):

@@ -101,15 +101,23 @@ def _normalized(attention: LinearizeAttention, name: str, moment: Tensor) -> Ten
 
 
 def _rotated(attention: LinearizeAttention, moment: Tensor, inv_freq: Tensor) -> Tensor:
-    """The mean over positions."""
+    """The mean over positions: y = c x + s (J x), channel by channel, with J what turns one half into the other."""
     anatomy = attention.anatomy
+    dim, turning = moment.shape[-1], anatomy.rotary_dim
     angle = POSITIONS[:, None].double() * inv_freq.cpu().double()
     angle = angle.repeat_interleave(2, -1) if anatomy.rotary == "pairs" else torch.cat([angle, angle], -1)
-    identity = torch.eye(moment.shape[-1], dtype=torch.float64)
-    # Rows of turned[p] are the rotated basis: y at position p is y0 @ turned[p].
-    basis = identity.expand(1, len(POSITIONS), -1, -1)
-    turned = rotate(basis, angle.cos()[None], angle.sin()[None], anatomy.rotary_dim, anatomy.rotary)[0]
-    return torch.einsum("pai,hab,pbj->hij", turned, moment, turned) / len(POSITIONS)
+
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(x[None, :, None], cos[None], sin[None], turning, anatomy.rotary)[0, :, 0]
+
+    ones = torch.ones(dim, turning, dtype=torch.float64)
+    across = turned(torch.eye(dim, dtype=torch.float64), 0 * ones, ones)  # row i is J e_i
+    across[turning:] = 0
+    c = turned(torch.ones(len(angle), dim, dtype=torch.float64), angle.cos(), 0 * angle)
+    s = turned(across.sum(-1).expand(len(angle), dim), 0 * angle, angle.sin())
+    left, right = across.mT @ moment, moment @ across
+    parts = (c, c, moment), (s, c, left), (c, s, right), (s, s, left @ across)
+    return sum((one.mT @ other / len(angle) * part for one, other, part in parts), torch.zeros_like(moment))
 
 
 def _square_root(moment: Tensor) -> Tensor:
@@ -123,19 +131,18 @@ def based_projections(attention: LinearizeAttention, mixer: Based, moment_q: Ten
 
     With q = Cq^1/2 a and k = Ck^1/2 b, whitened a and b, s = a^T M b with M = Cq^1/2 Ck^1/2, and the best rank-d
     approximation keeps M's leading right singular vectors V (those of all query heads that share the key head,
-    stacked): k -> V^T Ck^-1/2 k, q -> V^T Ck^1/2 q.
+    stacked): k -> V^T Ck^-1/2 k, q -> V^T Ck^1/2 q. They are the eigenvectors of M^T M = Ck^1/2 Cq Ck^1/2.
     """
     anatomy = attention.anatomy
     size = anatomy.group_size
-    root_q, root_k = _square_root(moment_q), _square_root(moment_k)
+    root_k = _square_root(moment_k)
     per_query = mixer.num_states == mixer.num_heads
     for slot, group in enumerate(attention.mixer_groups):
         heads = range(group * size, (group + 1) * size)
         shared = [list(heads)] if not per_query else [[head] for head in heads]
         for member, members in enumerate(shared):
-            stacked = torch.cat([root_q[head] @ root_k[group] for head in members])
-            _, values, right = torch.linalg.svd(stacked, full_matrices=False)
-            basis = right[: mixer.feature_dim].mT  # [D, d]
+            squares, vectors = torch.linalg.eigh(root_k[group] @ moment_q[members].sum(0) @ root_k[group])
+            values, basis = squares.clamp(min=0).sqrt().flip(0), vectors.flip(-1)[:, : mixer.feature_dim]  # [D, d]
             inverse = torch.linalg.pinv(root_k[group], rcond=1e-6, hermitian=True)
             # Logits of a standard deviation above 1 leave the expansion's range, so they are cooled to it; and both
             # sides share the scale.

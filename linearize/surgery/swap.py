@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling import LinearizeForCausalLM
+from ..modeling import LinearizeAttention, LinearizeForCausalLM
 from .anatomy import read_anatomy
 from .proof import Call, proven_calls
 from .rotation import frequencies
@@ -40,8 +40,9 @@ def swap(
     assert not result.unexpected_keys, result.unexpected_keys
     strangers = [name for name in result.missing_keys if ".mixer." not in name]
     assert not strangers, strangers
-    _fill_buffers(student, model)
-    _start_mixers(student, model, calls, seed)
+    fill_buffers(student, model)
+    for index, attention in student.mixer_layers():
+        start_mixer(attention, model, None if calls is None else calls[index], seed)
     student.tie_weights()
     for parameter in student.parameters():
         parameter.requires_grad_(True)
@@ -49,7 +50,7 @@ def swap(
     return student.eval()
 
 
-def _fill_buffers(student: LinearizeForCausalLM, teacher: PreTrainedModel) -> None:
+def fill_buffers(student: nn.Module, teacher: nn.Module) -> None:
     """Buffers that checkpoints do not hold (rotary frequencies) come from the teacher's modules, where a forward may
     have made plain attributes of them."""
     for name, buffer in list(student.named_buffers()):
@@ -59,20 +60,17 @@ def _fill_buffers(student: LinearizeForCausalLM, teacher: PreTrainedModel) -> No
             student.get_submodule(owner).register_buffer(attribute, source.detach().clone(), persistent=False)
 
 
-def _start_mixers(
-    student: LinearizeForCausalLM, teacher: PreTrainedModel, calls: Sequence[Call] | None, seed: int
-) -> None:
-    for index, attention in student.mixer_layers():
-        device = attention.device
-        attention.mixer.to_empty(device=device).float()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed + index)
-            attention.mixer.reset_parameters()
-        rotates = attention.anatomy.rotary_dim > 0
-        call = None if calls is None else calls[index]
-        start_from_weights(
-            attention,
-            None if call is None else call.norm,
-            frequencies(teacher, index) if rotates else None,
-            size=1.0 if call is None or call.norm is not None else call.size(),
-        )
+def start_mixer(attention: LinearizeAttention, teacher: PreTrainedModel, call: Call | None, seed: int) -> None:
+    """Gives the new parameters of one swapped layer, which has the teacher's weights already, their starts."""
+    device, index = attention.device, attention.layer_idx
+    attention.mixer.to_empty(device=device).float()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed + index)
+        attention.mixer.reset_parameters()
+    rotates = attention.anatomy.rotary_dim > 0
+    start_from_weights(
+        attention,
+        None if call is None else call.norm,
+        frequencies(teacher, index) if rotates else None,
+        size=1.0 if call is None or call.norm is not None else call.size(),
+    )
