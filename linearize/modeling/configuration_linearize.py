@@ -27,7 +27,8 @@ KINDS = {
 }
 _TYPES: dict[str, tuple[type, ...]] = {
     **{"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "list[str]": (list,)},
-    "int | None": (int, type(None)),
+    **{"list[float]": (list,), "str | None": (str, type(None)), "int | None": (int, type(None))},
+    "float | None": (int, float, type(None)),
 }
 
 
@@ -92,7 +93,6 @@ class AttentionAnatomy:
             raise ValueError(
                 f"{self.path}: {self.num_heads} query heads do not divide into {self.num_kv_heads} key heads"
             )
-
         if len(self.alibi) not in (0, self.num_heads):
             raise ValueError(f"{self.path}: {len(self.alibi)} slopes in alibi do not fit {self.num_heads} heads")
 
