@@ -83,6 +83,9 @@ KINDS = [
     ("opt+after", "mamba2", {}),
     ("gemma3_text", "based", {}),
     ("qwen3", "gated_delta", {}),
+    ("bloom", "retention", {}),  # its modules add the residual themselves
+    ("gemma2", "gla", {}),
+    ("gpt_oss", "linear", {"keep_softmax": "0"}),
 ]
 
 
