@@ -89,6 +89,10 @@ class AttentionAnatomy:
         for name, known in KINDS.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{self.path}: {name} is {getattr(self, name)!r}, and can be: {', '.join(known)}")
+        if len(self.inputs) != (3 if self.rows == "apart" else 1) or len(self.norms) not in (0, 2):
+            raise ValueError(f"{self.path}: inputs {self.inputs} do not fit rows {self.rows!r}, or norms {self.norms}")
+        if not 0 <= self.rotary_dim <= self.head_dim:
+            raise ValueError(f"{self.path}: rotary_dim is {self.rotary_dim}, and heads have {self.head_dim} channels")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.path}: {self.num_heads} query heads do not divide into {self.num_kv_heads} key heads"
