@@ -37,7 +37,6 @@ FSDP = [*ACCELERATE, "--use_fsdp", "--fsdp_version", "2"]
 # Batches of 5 and 3 rows on two processes; layers, windows and branches that a step leaves out.
 KINDS = {
     "transfer": {"stage": "transfer", "window_dropout": 0.4},
-    "l2": {"stage": "transfer", "loss": "l2", "train": "attention", "gradient_accumulation": 2, "batch_size": 3},
     "mixing": {"stage": "mixing"},
     "blocks": {"stage": "blocks", "train": "all"},
     "logits": {"stage": "logits", "window_dropout": 0.3, "repeats": 0.5, "gradient_accumulation": 2, "batch_size": 3},
@@ -46,6 +45,7 @@ KINDS = {
     "adapter": {"lora_rank": 2, "max_grad_norm": 0},
 }
 MORE = {
+    "l2": {"stage": "transfer", "loss": "l2", "train": "attention", "gradient_accumulation": 2, "batch_size": 3},
     "window": {"stage": "logits", "linear_branch": False},
     "lora": {"stage": "logits", "lora_rank": 2},
     "all": {"stage": "all"},

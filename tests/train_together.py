@@ -45,7 +45,7 @@ def train(place: Path, out: Path, runs: dict[str, dict[str, Any]]) -> None:
         options = {
             "max_length": LENGTH,
             "batch_size": 5,
-            "tokens": 5 * LENGTH * 6,
+            "tokens": 5 * LENGTH * 4,
             "log_steps": 2,
             "device": "cpu",
             "precision": "fp32",

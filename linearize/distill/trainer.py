@@ -441,7 +441,8 @@ class StageTrainer(Trainer):
         self.tally.load(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (processes.sharded() or sharding.holds_shards(Path(checkpoint))):
+        # several processes on CPUs read nothing with transformers 5.17's own
+        if checkpoint is None or not (processes.several() or sharding.holds_shards(Path(checkpoint))):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
@@ -450,7 +451,7 @@ class StageTrainer(Trainer):
             sharding.load_optimizer_shards(Path(checkpoint), self._trainable(), optimizer)
         else:
             saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-            sharding.load_whole_optimizer(optimizer, saved)
+            sharding.load_whole_optimizer(optimizer, saved) if processes.sharded() else optimizer.load_state_dict(saved)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         for group, rate in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
