@@ -1,0 +1,5 @@
+"""`python -m linearize.cli`, as accelerate's launcher starts it."""
+
+from . import run
+
+run()
