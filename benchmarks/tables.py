@@ -208,7 +208,7 @@ def model_table(data: dict[str, Any]) -> list[str]:
             for key, what in (("decode", "decoding"), ("prefill", "prefill"))
             if key in row
         ]
-        ahead.append(f"batch {row['batch']} {', '.join(told)}")
+        ahead.append(f"batch {row['batch']} {', '.join(told) or 'lost in the noise'}")
     compiled = any("compiled" in (row["decoder"] or "") for row in data["rows"])
     lines += [
         "",

@@ -191,7 +191,11 @@ def weights_folder(src: str | Path | ModelSource) -> Path | None:
 
 
 def load_generation_config(src: str | Path | ModelSource) -> GenerationConfig | None:
-    """The model's generation config as loading it would give; None where its files say nothing of generation."""
+    """The model's generation config as loading it would give; None where its files say nothing of generation.
+
+    Raises:
+        UserError: they say something that is none.
+    """
     src = ModelSource.of(src)
     place = _resolve(src)
     forms: list[dict[str, Any]] = [{}, {"config_file_name": "config.json", "_from_model_config": True}]
@@ -200,6 +204,10 @@ def load_generation_config(src: str | Path | ModelSource) -> GenerationConfig | 
             return GenerationConfig.from_pretrained(place.repo, revision=src.revision or "main", **options)
         except OSError:
             continue
+        except (AttributeError, RecursionError, TypeError, ValueError) as error:
+            file = options.get("config_file_name", "generation_config.json")
+            said = " ".join(str(error).split())[:300]
+            raise UserError(f"{src.model}: its {file} cannot be read ({type(error).__name__}: {said})") from error
     return None
 
 

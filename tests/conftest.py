@@ -7,6 +7,11 @@ import os
 import pytest
 import torch
 
+# Processes beside each other, and what they start, would each take all cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 # Before anything imports Triton: without a GPU the kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -83,6 +84,7 @@ def config_file(tmp_path_factory) -> Path:
 
 def test_kernels_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setenv("LINEARIZE_COMMIT", "first")
+    monkeypatch.setattr("sys.argv", ["linearize", "bench"])
     ops = ["--ops", "linear,window,softmax,decode", "--decode-batch", "2"]
     shown = done("kernels", *SMALL, "--tokens", "48,32", *ops, "-o", tmp_path)
     results = json.loads((tmp_path / "kernels.json").read_text())
@@ -545,5 +547,5 @@ def test_readme_tables_of_the_results(config_file, monkeypatch):
     options = ModelOptions(config=str(config_file), to="gla", contexts="1,4096", batch="1", new_tokens=4, prefill=False)
     lines = readme.model_table(bench_model(options=options))
     assert lines[3].startswith("| 1 | 4 096 | - | ") and all(line.count("|") == 9 for line in lines[:-2])
-    assert "Where the student is ahead: batch 1 decoding" in lines[-1]
+    assert re.search(r"Where the student is ahead: batch 1 (decoding|lost in the noise)", lines[-1])
     assert readme.spaced(131072) == "131 072" and readme.figure(0.0211) == "0.021" and readme.figure(254.2) == "254"
