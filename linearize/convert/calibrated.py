@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..calibrate import PASSAGE, CalibrateOptions, calibrate, measure, passages_on, sequences
 from ..errors import UsageError
 from ..modeling import LinearizeForCausalLM
+from ..quantised import dense
 from ..surgery.anatomy import read_anatomy
 from ..surgery.keep import as_many, parse_auto
 from ..surgery.student import DEFAULT_SINKS, DEFAULT_WINDOW, calibrated_options, student_config
@@ -66,7 +67,8 @@ def convert(
 
         source = ModelSource(model=str(model))
         tokenizer = tokenizer or load_tokenizer(source)
-        model, share_memory = load_model(source), True
+        model, share_memory = dense(load_model(source), own=True), True
+    model = dense(model)
     options = calibrate_options or CalibrateOptions(seed=seed)
     if calibrate_on is not None:
         mixer_options = calibrated_options(to, mixer_options)

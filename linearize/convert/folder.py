@@ -16,6 +16,7 @@ from ..calibrate.figures import calibration_figure, save, scores_figure
 from ..data import TextSource
 from ..errors import UsageError
 from ..output import check_new, new_folder, resumed_folder
+from ..quantised import dense
 from ..source import (
     ModelSource,
     commit_of,
@@ -121,7 +122,7 @@ def convert_folder(
                 return made
             except NotPlain:  # the proof needs more than lies in the files as it is
                 pass
-    teacher = load_model(source, dtype=chosen, device=place)
+    teacher = dense(load_model(source, dtype=chosen, device=place), own=True)
     student = convert(
         teacher,
         to,
