@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import dot, dot_add, on_device, opaque
-from .delta import kept, prepare, sweep
 from .delta_chunks import chunk_span, chunks_of, document_span, start_kernel, within
+from .delta_forward import kept, prepare, sweep
 
 
 @triton.jit(do_not_specialize=["tokens", "each"])
