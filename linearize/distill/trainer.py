@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,114 +17,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_callback import PrinterCallback
 
 from .. import processes
 from ..errors import UserError
 from ..modeling import branch_off
 from . import sharding, together
+from .arguments import trainer_arguments
 from .compiling import mixers
 from .feed import Item, Stack
 from .interrupt import Interrupt
 from .options import TrainOptions
+from .pace import Pace
 from .parameters import HALF, optimizer_groups
 from .tally import Figure, Tally
-from .work import LOG_FILE, TRAINABLE_FILE, checkpoint_step, full_disk_said, unreadable
-
-_SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-
-
-def _arguments(options: TrainOptions, folder: Path, max_steps: int, save: bool) -> TrainingArguments:
-    kind, _, index = (options.device or "auto").partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps", "xpu") or index not in ("", "0"):
-        raise UserError(f"--device {options.device}: name a kind (cpu, cuda); CUDA_VISIBLE_DEVICES chooses the card")
-    on_cpu = kind == "cpu"
-    floor = options.min_learning_rate
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=max_steps,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr" if floor else _SCHEDULERS[options.schedule],
-        lr_scheduler_kwargs={"min_lr": floor} if floor else None,
-        warmup_steps=round(options.warmup * max_steps),
-        max_grad_norm=options.max_grad_norm,
-        seed=options.seed,
-        use_cpu=on_cpu,
-        save_strategy="steps" if save else "no",
-        save_steps=options.save_steps,
-        save_total_limit=1,
-        logging_steps=options.log_steps,
-        # what the stage starts from, before its first update
-        logging_first_step=True,
-        # a NaN must be seen, not averaged away
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="all",
-        dataloader_drop_last=True,
-        dataloader_pin_memory=not on_cpu and torch.cuda.is_available(),
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to="none",
-    )
-    if kind in ("cuda", "mps", "xpu") and arguments.device.type != kind:
-        raise UserError(f"--device {options.device}: there is none here; this machine has {arguments.device.type}")
-    # with several cards the Trainer would wrap the model in DataParallel, which cannot see into a layer
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
-
-
-def _check_state(checkpoint: Path) -> None:
-    """Raises ValueError where a number of the Trainer's state is none: it would be noticed steps later."""
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    for entry in fields(TrainerState):
-        value = state.get(entry.name, entry.default)
-        if type(entry.default) in (int, float) and type(value) not in (int, float):
-            raise ValueError(f"{TRAINER_STATE_NAME} says {entry.name}: {value!r}")
-    if state.get("global_step") != checkpoint_step(checkpoint):
-        raise ValueError(f"{TRAINER_STATE_NAME} is of step {state.get('global_step')}")
-
-
-class _Pace(TrainerCallback):
-    """A bar on stderr, a line in the log wherever a checkpoint is due, and a checkpoint and the end on SIGTERM."""
-
-    def __init__(self, title: str, interrupt: Interrupt) -> None:
-        self.title, self.interrupt = title, interrupt
-        self.bar: tqdm | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not processes.is_main():
-            # dropout differs between the rows of a batch, whichever process has them
-            torch.manual_seed(args.seed + processes.rank())
-            return
-        interval = 0.5 if sys.stderr.isatty() else 30.0
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.title,
-            file=sys.stderr,
-            mininterval=interval,
-            dynamic_ncols=True,
-        )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_save or state.global_step >= state.max_steps:
-            control.should_log = True
-        if self.interrupt.agreed:
-            control.should_save = control.should_training_stop = True
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.bar is not None and "loss" in (logs or {}):
-            self.bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+from .work import LOG_FILE, TRAINABLE_FILE, check_state, checkpoint_step, full_disk_said, unreadable
 
 
 class StageTrainer(Trainer):
@@ -163,10 +71,10 @@ class StageTrainer(Trainer):
         self.tally = Tally()
         self._began: float | None = None
         self._twin: nn.Module | None = None
-        self.pace = _Pace(self.title, self.interrupt)
+        self.pace = Pace(self.title, self.interrupt)
         super().__init__(
             model=model,
-            args=_arguments(options, folder, max_steps, save),
+            args=trainer_arguments(options, folder, max_steps, save),
             train_dataset=dataset,
             data_collator=Stack(student.config.vocab_size),
             callbacks=[self.pace],
@@ -320,7 +228,7 @@ class StageTrainer(Trainer):
         self._stepped = False
         try:
             if checkpoint is not None:
-                _check_state(checkpoint)
+                check_state(checkpoint)
             # One device: a backward pass in autograd's own thread would only move every Python object to another core.
             with (
                 full_disk_said(self.folder),

@@ -7,11 +7,13 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 from ..errors import UserError
 from ..json_files import as_written, read_lines, read_object
@@ -149,3 +151,14 @@ def full_disk_said(folder: Path) -> Iterator[None]:
             f"the disk is full: a checkpoint could not be written in {folder} ({free / 2**20:.0f} MiB free). "
             "Free some space, or pass --work-dir on another disk, then --resume"
         ) from error
+
+
+def check_state(checkpoint: Path) -> None:
+    """Raises ValueError where a number of the Trainer's state is none: it would be noticed steps later."""
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    for entry in fields(TrainerState):
+        value = state.get(entry.name, entry.default)
+        if type(entry.default) in (int, float) and type(value) not in (int, float):
+            raise ValueError(f"{TRAINER_STATE_NAME} says {entry.name}: {value!r}")
+    if state.get("global_step") != checkpoint_step(checkpoint):
+        raise ValueError(f"{TRAINER_STATE_NAME} is of step {state.get('global_step')}")
