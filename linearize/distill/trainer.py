@@ -321,7 +321,8 @@ class StageTrainer(Trainer):
         target.mkdir(parents=True, exist_ok=True)
         if not processes.sharded():
             save_file({name: p.detach().contiguous() for name, p in self._trainable().items()}, target / TRAINABLE_FILE)
-        self.tally.save(target, seconds=self.seconds)
+        if processes.is_main():  # of shards, every process comes here
+            self.tally.save(target, seconds=self.seconds)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not processes.sharded():
