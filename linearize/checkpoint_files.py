@@ -45,7 +45,7 @@ def check_folder(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     try:
         missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     except OSError as error:  # a name that is too long
-        raise UserError(f"{index} is not a shard index ({repr(error)[:300]}); download the model again") from error
+        raise _no_index(index, error) from error
     if missing:
         raise UserError(
             f"{folder}: {len(missing)} of the {len(shards)} shards named in {index.name} are missing "
@@ -81,7 +81,7 @@ def shards_of(index: Path) -> dict[str, list[str]]:
                 raise TypeError(f"{tensor} is placed in {shard!r}")
             shards.setdefault(shard, []).append(tensor)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise UserError(f"{index} is not a shard index ({repr(error)[:300]}); download the model again") from error
+        raise _no_index(index, error) from error
     if not shards:
         raise UserError(f"{index} names no tensors; download the model again")
     for shard, tensors in shards.items():
@@ -92,6 +92,10 @@ def shards_of(index: Path) -> dict[str, list[str]]:
                 "or download it again from a place that you trust"
             )
     return shards
+
+
+def _no_index(index: Path, error: Exception) -> UserError:
+    return UserError(f"{index} is not a shard index ({repr(error)[:300]}); download the model again")
 
 
 def _check_inside(folder: Path, name: str) -> None:

@@ -13,6 +13,11 @@ class UsageError(UserError):
     exit_code = 2
 
 
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What an error of some library says, on one line, cut after `most` letters."""
+    return " ".join(str(error).split())[:most]
+
+
 def causes(error: BaseException) -> list[BaseException]:
     """`error` and what it came from, the first cause last."""
     chain: list[BaseException] = []

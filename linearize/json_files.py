@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 Row = dict[str, Any]
 
@@ -58,6 +58,6 @@ def as_written(folder: Path) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder}: a JSON file there (config.json, linearize.json, a record or a result) holds what linearize "
-            f"does not write ({type(error).__name__}: {' '.join(str(error).split())[:200]}); make the folder again, or "
+            f"does not write ({type(error).__name__}: {one_line(error, 200)}); make the folder again, or "
             "take that result out; LINEARIZE_DEBUG=1 shows where"
         ) from error

@@ -8,11 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .errors import UserError
-
-
-def is_quantised(model: Any) -> bool:
-    return getattr(model, "quantization_method", None) is not None
+from .errors import UserError, one_line
 
 
 def dense(model: PreTrainedModel, *, own: bool = False) -> PreTrainedModel:
@@ -24,18 +20,18 @@ def dense(model: PreTrainedModel, *, own: bool = False) -> PreTrainedModel:
     Raises:
         UserError: transformers cannot dequantise weights of this kind.
     """
-    if not is_quantised(model):
+    method: Any = getattr(model, "quantization_method", None)
+    if method is None:
         return model
-    kind = str(getattr(model.quantization_method, "value", model.quantization_method))
+    kind = str(getattr(method, "value", method))
     dtype = model.dtype
     try:
         plain: Any = model if own else copy.deepcopy(model)
         plain = plain.dequantize()
     except Exception as error:  # each method of quantising raises its own
-        said = " ".join(str(error).split())[:300]
         raise UserError(
             f"{type(model).__name__}: its weights are quantised ({kind}) and cannot be made plain again "
-            f"({type(error).__name__}: {said}); give the model that it was made of"
+            f"({type(error).__name__}: {one_line(error, 300)}); give the model that it was made of"
         ) from error
     if hasattr(plain.config, "quantization_config"):
         del plain.config.quantization_config

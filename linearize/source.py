@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from .checkpoint_files import INDEX, SINGLE, block_sizes, check_folder, gguf_names, shards_of
-from .errors import UsageError, UserError
+from .errors import UsageError, UserError, one_line
 from .gguf_model import gguf_config, gguf_tokenizer, load_gguf
 from .json_files import read_object
 from .load_errors import said_clearly
@@ -206,8 +206,8 @@ def load_generation_config(src: str | Path | ModelSource) -> GenerationConfig | 
             continue
         except (AttributeError, RecursionError, TypeError, ValueError) as error:
             file = options.get("config_file_name", "generation_config.json")
-            said = " ".join(str(error).split())[:300]
-            raise UserError(f"{src.model}: its {file} cannot be read ({type(error).__name__}: {said})") from error
+            said = f"{type(error).__name__}: {one_line(error, 300)}"
+            raise UserError(f"{src.model}: its {file} cannot be read ({said})") from error
     return None
 
 

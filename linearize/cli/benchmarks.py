@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,18 @@ def _bench_options(command: Any) -> Any:
     return command
 
 
+def _show(results: dict[str, Any], table: Callable[..., str], file: Path | None, as_json: bool) -> None:
+    """Draws the results beside the `file` that they are in, and prints them."""
+    from ..bench import figures
+
+    if file is not None:
+        figures.draw(results, file.expanduser().with_suffix(".png"), say)
+    if as_json:
+        print_json(results)
+    else:
+        click.echo(table(results))
+
+
 @bench_verb.command("kernels")
 @dataclass_options(KernelOptions)
 @run_options()
@@ -44,7 +57,7 @@ def bench_kernels_verb(dtype: str, device: str | None, out: Path | None, as_json
     linearize bench kernels --ops gla --providers linearize,fla --cold-start -o speed --merge
     linearize bench kernels --device cpu --tokens 128,256 --heads 2 --head-dim 16 --ops linear,window
     """
-    from ..bench import bench_kernels, figures, kernels, tables
+    from ..bench import bench_kernels, kernels, tables
     from ..device import chosen_device
 
     results = bench_kernels(
@@ -55,12 +68,7 @@ def bench_kernels_verb(dtype: str, device: str | None, out: Path | None, as_json
         command=command_line(),
         say=say,
     )
-    if out is not None:
-        figures.draw(results, (out.expanduser() / kernels.FILE).with_suffix(".png"), say)
-    if as_json:
-        print_json(results)
-    else:
-        click.echo(tables.kernels_table(results))
+    _show(results, tables.kernels_table, out and out / kernels.FILE, as_json)
 
 
 @bench_verb.command("model")
@@ -87,7 +95,7 @@ def bench_model_verb(
     linearize bench model distilled --teacher MODEL --contexts 1,4096,32768 -o speed
     linearize bench model --config llama-8b.json --to gla --dtype bfloat16 --compile -o speed
     """
-    from ..bench import bench_model, figures, tables
+    from ..bench import bench_model, tables
     from ..bench import model as benchmark
     from ..device import chosen_device
 
@@ -105,9 +113,4 @@ def bench_model_verb(
         command=command_line(),
         say=say,
     )
-    if out is not None:
-        figures.draw(results, (out.expanduser() / benchmark.FILE).with_suffix(".png"), say)
-    if as_json:
-        print_json(results)
-    else:
-        click.echo(tables.model_table(results))
+    _show(results, tables.model_table, out and out / benchmark.FILE, as_json)

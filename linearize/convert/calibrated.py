@@ -68,7 +68,8 @@ def convert(
         source = ModelSource(model=str(model))
         tokenizer = tokenizer or load_tokenizer(source)
         model, share_memory = dense(load_model(source), own=True), True
-    model = dense(model)
+    else:
+        model = dense(model)
     options = calibrate_options or CalibrateOptions(seed=seed)
     if calibrate_on is not None:
         mixer_options = calibrated_options(to, mixer_options)

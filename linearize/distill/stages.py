@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from transformers import set_seed
 
 from .. import processes
 from ..errors import UsageError, UserError
+from ..json_files import read_lines
 from ..provenance import hardware
 from . import together
 from .blocks import BlockTrainer
@@ -125,7 +125,8 @@ def _train(
             # accelerate's wrapper of the model would otherwise hold on to the optimizer's state
             trainer.accelerator.free_memory()
             trainer.optimizer = trainer.lr_scheduler = None
-        lines = processes.from_main(lambda: _lines_of(folder / LOG_FILE))
+        log = folder / LOG_FILE
+        lines = processes.from_main(lambda: read_lines(log) if log.is_file() else [])
     return StageResult(
         stage=stage,
         steps=max_steps,
@@ -134,10 +135,6 @@ def _train(
         seconds=round(trainer.seconds, 1),
         hardware=("" if not processes.several() else f"{processes.count()} x ") + hardware(trainer.args.device),
     )
-
-
-def _lines_of(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 import torch
 from transformers import TextStreamer
 
-from ..errors import UsageError, UserError
+from ..errors import UsageError, UserError, one_line
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def generate_text(
             )
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise UserError(
-                f"the model does not generate ({type(error).__name__}: {' '.join(str(error).split())[:300]}): its "
+                f"the model does not generate ({type(error).__name__}: {one_line(error, 300)}): its "
                 "generation_config.json, config.json or tokenizer may be damaged; LINEARIZE_DEBUG=1 shows where"
             ) from error
     return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)

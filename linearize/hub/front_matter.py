@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from ..errors import one_line
+
 
 def split(text: str) -> tuple[dict[str, Any], str]:
     """The front matter of a card and the text below it. Raises ValueError where it is no YAML mapping."""
@@ -14,7 +16,7 @@ def split(text: str) -> tuple[dict[str, Any], str]:
     try:
         card = ModelCard(text.removeprefix("\ufeff"), ignore_metadata_errors=True)
     except yaml.YAMLError as error:
-        raise ValueError(f"its front matter is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"its front matter is not valid YAML: {one_line(error)}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"its front matter is not a YAML mapping of names ({error})") from error
     return card.data.to_dict(), card.text

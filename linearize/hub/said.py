@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import UserError, causes
+from ..errors import UserError, causes, one_line
 
 _XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})\b")
 _SETTINGS = "https://huggingface.co/settings/tokens"
@@ -72,7 +72,7 @@ def _message(error: Exception, repo: str, endpoint: str) -> str:
     if "JSONDecodeError" in kinds:
         return f"{endpoint} does not answer as a Hub does: check HF_ENDPOINT, or unset it"
     if "LFS batch API" in str(error) or "Invalid metadata" in str(error):
-        return f"the Hub refuses: {' '.join(str(error).split())[:400]}"
+        return f"the Hub refuses: {one_line(error, 400)}"
     return f"pushing to {repo} failed: {type(error).__name__}: {_first(error)}"
 
 

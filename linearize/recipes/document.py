@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UsageError, UserError
+from ..errors import UsageError, UserError, one_line
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,7 +44,7 @@ def parse(text: str, where: str) -> Any:
     except RecursionError:
         raise UsageError(f"{where} is nested too deeply") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise UsageError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{where} is no YAML: {one_line(error)}") from None
 
 
 def read(path: Path) -> dict[str, Any]:

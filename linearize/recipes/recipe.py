@@ -142,11 +142,12 @@ def load(
         if given in ("convert.to", "convert.keep_softmax"):  # what the recipe's own settings go by
             _set(raw, given, value, "--set")
     to = _mixer(raw, where)
-    cases = {f"per_mixer.{name}": (name == to, told) for name, told in raw.pop("per_mixer", {}).items()}
-    for case in cases:
-        _check_mixer(case.partition(".")[2])
-    cases["with_softmax"] = (bool(raw["convert"].get("keep_softmax")), raw.pop("with_softmax", {}))
-    for case, (applies, overrides) in cases.items():
+    cases: list[tuple[str, bool, Any]] = []
+    for name, overrides in raw.pop("per_mixer", {}).items():
+        _check_mixer(str(name))
+        cases.append((f"per_mixer.{name}", name == to, overrides))
+    cases.append(("with_softmax", bool(raw["convert"].get("keep_softmax")), raw.pop("with_softmax", {})))
+    for case, applies, overrides in cases:
         if not isinstance(overrides, dict):
             raise UsageError(f"{where}: {case} must map keys as stages.transfer.learning_rate to values")
         scratch = raw if applies else copy.deepcopy(raw)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..modeling import AttentionAnatomy, LinearizeConfig
 from ..modeling.projections import weight_and_bias
 from .families import FAMILIES, Family
@@ -74,10 +74,9 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         with quiet(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())
         raise UserError(
-            f"transformers makes no model of this config ({type(error).__name__}: {said[:300]}): a number or a name in "
-            "config.json is wrong; download it again"
+            f"transformers makes no model of this config ({type(error).__name__}: {one_line(error, 300)}): a number or "
+            "a name in config.json is wrong; download it again"
         ) from error
 
 
