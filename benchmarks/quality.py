@@ -4,9 +4,11 @@
         --students mixers,hybrids --tokens 10000000 --jobs 4 --out benchmarks/results/quality-smollm2.json
 
 A student is a line of STUDENTS, or of a JSON file of such lines: a recipe and what is set in it. `--rates` trains
-each once for every factor, which multiplies the learning rates of all its stages. Rows of others that OUT holds stay.
+each once for every factor, which multiplies the learning rates of all its stages; `--rates search` takes 1 and 3, and
+then 10 or 1/3, which lies beyond the one with the lower KL. Rows of others that OUT holds stay.
 With `--jobs` several train at once on one device; their seconds are then longer than alone. A row is written when
-its perplexity, KL and recall are known, and again when the slower figures are. `--quick` leaves those out.
+its perplexity, KL and recall are known, and again when the slower figures are. `--quick` leaves those out, and the
+figures with a branch off.
 """
 
 from __future__ import annotations
@@ -144,7 +146,7 @@ def judge(out: Path, options: argparse.Namespace, whole: bool) -> dict[str, Any]
         batch_size=options.batch_size,
         device=device,
         teacher_figures=_judge["figures"],
-        **(slow if whole else {"branches": True}),
+        **(slow if whole else {"branches": () if options.quick else True}),
     )
 
 
@@ -190,7 +192,7 @@ def main() -> None:
     parser.add_argument("--students", default="mixers", help=f"some of {','.join(STUDENTS)}, or a JSON file")
     parser.add_argument("--only", default="", help="students whose settings or recipe contain this text")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE for every student")
-    parser.add_argument("--rates", default="1", help="factors of all learning rates, comma-separated")
+    parser.add_argument("--rates", default="1", help="factors of all learning rates, comma-separated, or search")
     parser.add_argument("--tokens", type=int, default=10_000_000)
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--retrieval", default="512,1024,2048")
@@ -214,12 +216,7 @@ def main() -> None:
         for group in options.students.split(",")
         for entry in (STUDENTS[group] if group in STUDENTS else json.loads(Path(group).read_text()))
     ]
-    chosen = [
-        (recipe, at_rate(recipe, settings, float(factor), options))
-        for recipe, settings in chosen
-        if options.only in f"{recipe} {settings}"
-        for factor in options.rates.split(",")
-    ]
+    chosen = [(recipe, settings) for recipe, settings in chosen if options.only in f"{recipe} {settings}"]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     lock = threading.Lock()
 
@@ -236,17 +233,29 @@ def main() -> None:
             partial.replace(options.out)
 
     def student(recipe: str, settings: Settings) -> None:
+        if options.rates != "search":
+            for factor in options.rates.split(","):
+                at(recipe, settings, float(factor))
+            return
+        published, higher = at(recipe, settings, 1), at(recipe, settings, 3)
+        at(recipe, settings, 10 if higher < published else 1 / 3)
+
+    def at(recipe: str, settings: Settings, factor: float) -> float:
+        """The KL of the student that is trained at `factor` times its learning rates; its row is kept."""
+        settings = at_rate(recipe, settings, factor, options)
         whole = settings | dict(text.split("=", 1) for text in options.set)
         try:
             with gate:
                 out, made = trained(recipe, settings, options)
-            row = losses_row(recipe, whole, made, judges.submit(judge, out, options, False).result())
+            row = losses_row(recipe, whole, made, judges.submit(judge, out, options, False).result()) | {"rate": factor}
             keep(row)
             if not options.quick:
                 found = judges.submit(judge, out, options, True).result()
                 keep(row | {name: found[name] for name in ("retrieval", "agreement", "tasks") if found.get(name)})
+            return float(row["kl"])
         except Exception as error:  # one student's error is no other's
             keep({"recipe": recipe, "settings": whole, "tokens": None, "error": f"{type(error).__name__}: {error}"})
+            return float("inf")
 
     gate = threading.Semaphore(options.jobs)
     spawn = multiprocessing.get_context("spawn")
