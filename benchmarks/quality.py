@@ -29,6 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from linearize.bench.record import header
+from linearize.device import chosen_device
 from linearize.recipes.recipe import load
 
 MIXERS = ("linear", "based", "retention", "gla", "mamba2", "gated_delta")
@@ -86,16 +87,16 @@ def trained(recipe: str, settings: Settings, options: argparse.Namespace) -> tup
     out, log = options.work / name, options.work / f"{name}.log"
     done = out.with_name(f"{name}.run.json")
     if not done.exists():  # else trained in a run before this one, which was stopped in its evaluation
-        model = [options.teacher, *(["--gguf-file", options.gguf_file] if options.gguf_file else [])]
-        where = ["--device", options.device] if options.device else []
+        gguf = ["--gguf-file", options.gguf_file] if options.gguf_file else []
+        model = [options.teacher, *gguf, "--device", options.device]
         began = time.monotonic()
         if recipe == START:
-            code, text = start(settings, model + where, out, options, log)
+            code, text = start(settings, model, out, options, log)
         else:
             sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
             sets += [word for given in options.set for word in ("--set", given)]
             training = ["--dataset", options.train, "--tokens", str(options.tokens), "--resume", "--json"]
-            code, text = run(["run", recipe, *model, "-o", str(out), *training, *sets, *where], log)
+            code, text = run(["run", recipe, *model, "-o", str(out), *training, *sets], log)
         if code:
             raise RuntimeError(log.read_text().strip().splitlines()[-1])
         done.write_text(json.dumps(json.loads(text) | {"seconds": time.monotonic() - began}))
@@ -124,13 +125,12 @@ def judge(out: Path, options: argparse.Namespace, whole: bool) -> dict[str, Any]
     from linearize.evaluate import evaluate
     from linearize.source import ModelSource, load_model, load_tokenizer
 
-    device = options.device or None
     if not _judge:
         source = ModelSource(options.teacher, gguf_file=options.gguf_file)
-        _judge["teacher"] = load_model(source, device=device or "cpu")
+        _judge["teacher"] = load_model(source, device=options.device)
         _judge["figures"] = {}
     source = ModelSource(str(out))
-    student = load_model(source, device=device or "cpu")
+    student = load_model(source, device=options.device)
     slow = {
         "retrieval_contexts": options.retrieval,
         "agreement_prompts": options.agreement,
@@ -144,7 +144,7 @@ def judge(out: Path, options: argparse.Namespace, whole: bool) -> dict[str, Any]
         dataset=options.heldout.split(","),
         sequences=options.sequences,
         batch_size=options.batch_size,
-        device=device,
+        device=options.device,
         teacher_figures=_judge["figures"],
         **(slow if whole else {"branches": () if options.quick else True}),
     )
@@ -205,10 +205,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("quality.work"))
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    options.device = chosen_device(options.device or None)
 
     options.work.mkdir(parents=True, exist_ok=True)
     given = [",".join(Path(p).name for p in part.split(",")) if "/" in part else part for part in sys.argv[1:]]
-    results = header(["python", "benchmarks/quality.py", *given], options.device or "cuda") | {"rows": []}
+    results = header(["python", "benchmarks/quality.py", *given], options.device) | {"rows": []}
     old = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     origin = {name: results[name] for name in ("commit", "command", "time")} | {"jobs": options.jobs}
     chosen = [

@@ -261,7 +261,10 @@ def test_convert_writes_what_it_measured(tmp_path, monkeypatch):
 
     from linearize.calibrate import text
     from linearize.cli import main
+    from linearize.convert import folder
 
+    asked: list[str | None] = []  # the accelerator is taken unasked for what measures, and for nothing else
+    monkeypatch.setattr(folder, "chosen_device", lambda device: asked.append(device) or "cpu")
     monkeypatch.setattr(text, "PASSAGES", {"cpu": 2})
     teacher = tmp_path / "teacher"
     tiny_teacher().save_pretrained(teacher)
@@ -280,8 +283,10 @@ def test_convert_writes_what_it_measured(tmp_path, monkeypatch):
         "--calibrate-passes",
         "1",
     ]
+    plain = CliRunner().invoke(main, ["convert", str(teacher), "--to", "gla", "-o", str(tmp_path / "plain")])
+    assert plain.exit_code == 0 and not asked, plain.output
     result = CliRunner().invoke(main, command + extra)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0 and asked == [None], result.output
     scores = json.loads((out / "keep_scores.json").read_text())
     assert len(scores["chosen"]) == 1 and len(scores["scores"]) == 2
     made = json.loads(result.stdout)

@@ -76,7 +76,7 @@ def plan_verb(model: str, to: str, as_json: bool, **options: Any) -> None:
 @swap_options
 @calibrate_options
 @model_options()
-@run_options("cpu")
+@run_options("cpu; the accelerator for --calibrate and auto")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For the few starts that are random.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is whole.")
@@ -104,9 +104,7 @@ def convert_verb(
     swap = swap_of(options)
     named = {name: options.pop(f"calibrate_{name}") for name in ("sequences", "length", "passes")}
     options["calibrate_options"] = CalibrateOptions(seed=options["seed"], **given(named))
-    made = convert_folder(
-        source, to, out, device=device or "cpu", dry_run=dry_run, command=command_line(), **options, **swap
-    )
+    made = convert_folder(source, to, out, device=device, dry_run=dry_run, command=command_line(), **options, **swap)
     if as_json:
         print_json(made.to_dict() | {"out": None if dry_run else str(out)})
     elif dry_run:

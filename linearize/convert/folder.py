@@ -14,6 +14,7 @@ from .. import provenance
 from ..calibrate import CalibrateOptions
 from ..calibrate.figures import calibration_figure, save, scores_figure
 from ..data import TextSource
+from ..device import chosen_device
 from ..errors import UsageError
 from ..output import check_new, new_folder, resumed_folder
 from ..quantised import dense
@@ -43,7 +44,7 @@ def convert_folder(
     out: str | Path,
     *,
     dtype: str | torch.dtype | None = "auto",
-    device: str = "cpu",
+    device: str | None = None,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     seed: int = 0,
@@ -63,6 +64,7 @@ def convert_folder(
         source: the teacher.
         to, options: as in `convert`; what was measured is written too, `keep_scores.json` and `calibration.json`.
         out: a folder that is not there yet, or is to be replaced with `overwrite`.
+        device: where it is done, by default the CPU; the accelerator that is there for what measures the teacher.
         dry_run: check the same, read no weights, and write nothing.
 
     Returns:
@@ -75,7 +77,7 @@ def convert_folder(
     path = check_new(out, overwrite=overwrite)
     if not _SIZE.fullmatch(max_shard_size):
         raise UsageError(f"--max-shard-size: {max_shard_size!r} is no size; give one such as 5GB or 500MB")
-    chosen, place = parse_dtype(dtype), parse_device(device)
+    chosen, place = parse_dtype(dtype), parse_device(device or "cpu")
     config = load_config(source)
     if isinstance(chosen, torch.dtype):
         config.dtype = chosen
@@ -88,6 +90,8 @@ def convert_folder(
     began = time.monotonic()
     tokenizer = load_tokenizer(source)
     measured = calibrate_on is not None or planned.placeholder is not None
+    if measured and device is None:
+        place = parse_device(chosen_device(None))
 
     def record(folder: Path, made: Plan, commit: str | None, tokens: int = 0) -> None:
         found = provenance.record(
