@@ -5,7 +5,8 @@
 
 A student is a line of STUDENTS, or of a JSON file of such lines: a recipe and what is set in it. `--rates` trains
 each once for every factor, which multiplies the learning rates of all its stages; `--rates search` takes 1 and 3, and
-then 10 or 1/3, which lies beyond the one with the lower KL. Rows of others that OUT holds stay.
+then 10 or 1/3, which lies beyond the one with the lower KL. Rows of others that OUT holds stay; `--fill` trains only
+what it does not hold.
 With `--jobs` several train at once on one device; their seconds are then longer than alone. A row is written when
 its perplexity, KL and recall are known, and again when the slower figures are. `--quick` leaves those out, and the
 figures with a branch off.
@@ -58,8 +59,19 @@ STUDENTS: dict[str, list[tuple[str, Settings]]] = {
     "bounded": [
         ("default", {"convert.keep_softmax": "heads:auto:9", "convert.keep_window": keys}) for keys in (512, 2048)
     ],
-    "recipes": [(name, {}) for name in ("lolcats", "liger", "mamba-in-llama", "mohawk", "radlads", "halo")],
+    # The published ones, and ours at each one's window and KV bytes: 64 keys and none, neither, 8 of 30 layers whole.
+    "recipes": [
+        *((name, {}) for name in ("mohawk", "mamba-in-llama", "halo", "radlads", "lolcats", "liger")),
+        ("default", {}),
+        ("default", {"convert.to": "gla", "convert.window": 0, "convert.sinks": 0}),
+        (
+            "default",
+            {"convert.to": "gla", "convert.window": 0, "convert.sinks": 0, "convert.keep_softmax": "auto:8"},
+        ),
+    ],
 }
+# Stages that are worth the minute that a program takes: many steps, of kinds and lengths that compile.
+COMPILED, COMPILED_TOKENS, COMPILED_LENGTH = ("transfer", "logits"), 1_000_000, 2048
 
 
 def run(words: list[str], log: Path) -> tuple[int, str]:
@@ -78,6 +90,21 @@ def at_rate(recipe: str, settings: Settings, factor: float, options: argparse.Na
     stages = load(recipe, settings, dataset=options.train, tokens=options.tokens).stages
     rates = {f"stages.{stage.name}.learning_rate": stage.options.learning_rate * factor for stage in stages}
     return {**settings, **{name: float(f"{rate:.3g}") for name, rate in rates.items()}}
+
+
+def with_compiled(recipe: str, settings: Settings, options: argparse.Namespace) -> Settings:
+    """`settings`, and compilation of the stages that gain from it."""
+    if recipe == START:
+        return settings
+    stages = load(recipe, settings, dataset=options.train, tokens=options.tokens).stages
+    gain = {
+        f"stages.{stage.name}.compile": True
+        for stage in stages
+        if stage.kind in COMPILED
+        and (stage.options.tokens or 0) >= COMPILED_TOKENS
+        and stage.options.max_length <= COMPILED_LENGTH
+    }
+    return {**settings, **gain}
 
 
 def trained(recipe: str, settings: Settings, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
@@ -179,7 +206,21 @@ def brief(found: dict[str, Any]) -> dict[str, float]:
 
 
 def key(row: dict[str, Any]) -> str:
-    return json.dumps([row["recipe"], row["settings"], row.get("tokens")], sort_keys=True)
+    return json.dumps([row["recipe"], lasting(row["settings"]), row.get("tokens")], sort_keys=True)
+
+
+def lasting(settings: Settings) -> Settings:
+    """Without what changes the time alone."""
+    return {name: value for name, value in settings.items() if not name.endswith(".compile")}
+
+
+def held(rows: list[dict[str, Any]], recipe: str, settings: Settings, tokens: int) -> dict[str, Any] | None:
+    """The row of this student, trained on as many tokens but for what fills no step, and evaluated."""
+    for row in rows:
+        same = row["recipe"] == recipe and lasting(row["settings"]) == lasting(settings)
+        if same and "kl" in row and (recipe == START or abs(row["tokens"] / tokens - 1) < 0.02):
+            return row
+    return None
 
 
 def main() -> None:
@@ -197,6 +238,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--retrieval", default="512,1024,2048")
     parser.add_argument("--agreement", type=int, default=16)
+    parser.add_argument("--compile", action="store_true", help="the stages that gain from it")
+    parser.add_argument("--fill", action="store_true", help="leave out the students that OUT holds")
     parser.add_argument("--device", default="")
     parser.add_argument("--batch-size", type=int, default=8, help="of the evaluation")
     parser.add_argument("--quick", action="store_true", help="perplexity, KL and recall alone")
@@ -245,6 +288,11 @@ def main() -> None:
         """The KL of the student that is trained at `factor` times its learning rates; its row is kept."""
         settings = at_rate(recipe, settings, factor, options)
         whole = settings | dict(text.split("=", 1) for text in options.set)
+        if options.fill and (row := held(old, recipe, whole, options.tokens)):
+            return float(row["kl"])
+        if options.compile:
+            settings = with_compiled(recipe, settings, options)
+            whole = settings | whole
         try:
             with gate:
                 out, made = trained(recipe, settings, options)

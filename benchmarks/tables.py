@@ -35,16 +35,15 @@ def keep_table(data: dict[str, Any]) -> list[str]:
 
 
 def quality_table(data: dict[str, Any]) -> list[str]:
-    """A line a student, the best of its learning rates, by what stays softmax; then the published recipes."""
-    best: dict[str, dict[str, Any]] = {}
+    """A line a student of ours, the best of its learning rates, by what stays softmax."""
+    best: dict[tuple[str, int], dict[str, Any]] = {}
     for row in data["rows"]:
-        if "error" in row or row["recipe"] == "start":
+        if "error" in row or row["recipe"] != "default":
             continue
-        told = {name: value for name, value in row["settings"].items() if not name.endswith(".learning_rate")}
-        name = json.dumps([row["recipe"], told, row["tokens"]], sort_keys=True)
-        if name not in best or row["kl"] < best[name]["kl"]:
+        name = student_name(row), round(row["tokens"] / 1e5)
+        if name not in best or merit(row) < merit(best[name]):
             best[name] = row
-    rows = sorted(best.values(), key=lambda row: (*quality_group(row), row["kl"]))
+    rows = sorted(best.values(), key=lambda row: (quality_group(row), row["kl"]))
     whole = next(row for row in rows if row.get("retrieval") and row.get("tasks"))
     contexts = [str(found["context"]) for found in whole["retrieval"]]
     lines = [
@@ -61,34 +60,93 @@ def quality_table(data: dict[str, Any]) -> list[str]:
             f"{row['kv_share']:.0%}",
             f"{row['state_bytes'] / 2**20:.1f} MiB",
             f"{row['tokens'] / 1e6:.1f}M",
-            f"{row['ppl_ratio']:.3f}",
-            f"{row['kl']:.3f}",
-            f"{row['recall']:.2f}",
+            losses(row),
             shares(row, "student") if row.get("retrieval") else "-",
             "-" if answers is None else f"{answers['student']:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    alone = next(row["window_alone"] for row in rows if row.get("window_alone") and not row["keep_softmax"])
-    figures = f"{alone['ppl_ratio']:.3f} | {alone['kl']:.3f} | {alone['recall']:.2f}"
-    lines += [
-        f"| window 64 and a sink alone, untrained | 0% | | 0 | {figures} | - | - |",
-        "",
+    lines += [f"| window 64 and a sink alone, untrained | 0% | | 0 | {losses(window_alone(rows))} | - | - |"]
+    return [*lines, "", quality_source(data)]
+
+
+def merit(row: dict[str, Any]) -> tuple[float, bool]:
+    """Less is better: the KL as far as it is shown, then whether the slower figures are there, too."""
+    return round(row["kl"], 3), not row.get("tasks")
+
+
+def losses(row: dict[str, Any]) -> str:
+    return f"{row['ppl_ratio']:.3f} | {row['kl']:.3f} | {row['recall']:.2f}"
+
+
+def window_alone(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of the windows and the sink, untrained, which are those of every mixer."""
+    found: dict[str, Any] = next(
+        row["window_alone"] for row in rows if row.get("window_alone") and not row["keep_softmax"]
+    )
+    return found
+
+
+def quality_source(data: dict[str, Any]) -> str:
+    return (
         f"One {data['hardware']}, {installed(data)}; "
-        "[JSON](benchmarks/results/quality-smollm2.json), [script](benchmarks/quality.py).",
+        "[JSON](benchmarks/results/quality-smollm2.json), [script](benchmarks/quality.py)."
+    )
+
+
+def starts_table(data: dict[str, Any]) -> list[str]:
+    """Every mixer's calibrated start, by KL, above the windows alone."""
+    lines = ["| before any training | perplexity / teacher's | KL | recall loss |", "|---" * 4 + "|"]
+    rows = [row for row in data["rows"] if row["recipe"] == "start" and "error" not in row]
+    for row in sorted(rows, key=lambda row: row["kl"]):
+        lines.append(f"| {student_name(row)}, calibrated | {losses(row)} |")
+    lines.append(f"| window 64 and a sink alone | {losses(window_alone(data['rows']))} |")
+    return [*lines, "", f"Calibrated on 64 sequences of 1024 tokens. {quality_source(data)}"]
+
+
+def recipes_table(data: dict[str, Any]) -> list[str]:
+    """The published recipes and ours at equal windows, KV bytes and tokens, each at the best of its learning rates."""
+    tried: dict[tuple[bool, bool, str, str], list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        if "error" in row or row["recipe"] in ("start", "default"):
+            continue
+        tried.setdefault((*equal_cost(row), row["recipe"], student_name(row)), []).append(row)
+    tokens = {round(row["tokens"] / 1e6) for rows in tried.values() for row in rows}
+    for row in data["rows"]:
+        ours = row["recipe"] == "default" and "rate" in row and round(row["tokens"] / 1e6) in tokens
+        ours = ours and not any(name.endswith(".share") for name in row["settings"])  # nor the ablations
+        if ours and equal_cost(row) in {cost[:2] for cost in tried}:
+            tried.setdefault((*equal_cost(row), "default", student_name(row)), []).append(row)
+    lines = ["| recipe | student | learning rates | perplexity / teacher's | KL | recall loss |", "|---" * 6 + "|"]
+    best = {key: min(rows, key=lambda row: row["kl"]) for key, rows in tried.items()}
+    for key in sorted(best, key=lambda key: (not key[0], key[1], best[key]["kl"])):
+        recipe = "**default** (ours)" if key[2] == "default" else key[2]
+        rates = sorted(row["rate"] for row in tried[key])
+        told = ", ".join(f"**{rate:.2g}**" if rate == best[key]["rate"] else f"{rate:.2g}" for rate in rates)
+        lines.append(f"| {recipe} | {key[3]} | {told} | {losses(best[key])} |")
+    budget = " or ".join(map(str, sorted(tokens)))
+    return [
+        *lines,
+        "",
+        f"{budget}M tokens each, of the same text. Learning rates tried, as multiples of "
+        f"the recipe's own in all stages; the figures are those of the bold one. {quality_source(data)}",
     ]
-    return lines
 
 
-def quality_group(row: dict[str, Any]) -> tuple[int, int]:
-    """Where a row stands: ours before the published, then a growing cache, a bounded one, none, no window."""
+def equal_cost(row: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether it has a window (all have 64 keys), and a KV cache (all a part of 27%)."""
+    return bool(row["window"]), bool(row["kv_share"])
+
+
+def quality_group(row: dict[str, Any]) -> int:
+    """Where a row stands: a growing cache, a bounded one, none, no window."""
     kept = 0 if row["kv_share"] else 1 if row["keep_softmax"] else 2 if row["window"] else 4
     if row["settings"].get("stages.logits.linear_branch") is False:
         kept = 3
-    return int(row["recipe"] != "default"), kept
+    return kept
 
 
 def student_name(row: dict[str, Any]) -> str:
-    """Mixer, window and what is kept, and the recipe where it is not ours."""
+    """Mixer, window and what is kept."""
     parts = [f"`{row['mixer']}`", f"window {row['window']}" if row["window"] else "no window"]
     if row["settings"].get("stages.logits.linear_branch") is False:
         parts = [f"window {row['window']} alone, trained alike"]
@@ -96,7 +154,7 @@ def student_name(row: dict[str, Any]) -> str:
         parts.append(
             f"softmax `{row['keep_softmax']}`" + (f" of {row['keep_window']} keys" if row.get("keep_window") else "")
         )
-    return ("" if row["recipe"] == "default" else f"{row['recipe']}: ") + ", ".join(parts)
+    return ", ".join(parts)
 
 
 def shares(row: dict[str, Any], of: str) -> str:
@@ -222,6 +280,8 @@ def model_table(data: dict[str, Any]) -> list[str]:
 
 TABLES = {
     "quality": (quality_table, "quality-smollm2.json"),
+    "starts": (starts_table, "quality-smollm2.json"),
+    "recipes": (recipes_table, "quality-smollm2.json"),
     "keep": (keep_table, "keep-scores-smollm2.json"),
     "lengths": (lengths_table, "lengths-smollm2-cpu.json"),
     "kernels": (kernels_table, "kernels-h200.json"),
