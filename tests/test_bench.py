@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from conftest import shake, tiny_config, tiny_teacher
 from transformers import DynamicCache
+from verbs import done, run
 
 from linearize.bench import (
     bench_kernels,
@@ -29,7 +29,6 @@ from linearize.bench import (
 from linearize.bench.caches import PreallocatedLayer, cache_bytes, filled
 from linearize.bench.ops import Shape, backward_bytes, forward_bytes, make_inputs, trained
 from linearize.bench.options import OPS, KernelOptions, ModelOptions
-from linearize.cli import main
 from linearize.convert import convert
 from linearize.modeling import reference
 
@@ -50,18 +49,6 @@ ROW = {
 }
 SMALL = ["--device", "cpu", "--heads", "2", "--head-dim", "16"]
 SHAPE = Shape(batch=2, tokens=40, heads=4, kv_heads=2, head_dim=16, dtype="float32", device="cpu")
-
-
-def run(*args: object):
-    result = CliRunner().invoke(main, ["bench", *map(str, args)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def done(*args: object) -> str:
-    result = run(*args)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +73,7 @@ def test_kernels_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setenv("LINEARIZE_COMMIT", "first")
     monkeypatch.setattr("sys.argv", ["linearize", "bench"])
     ops = ["--ops", "linear,window,softmax,decode", "--decode-batch", "2"]
-    shown = done("kernels", *SMALL, "--tokens", "48,32", *ops, "-o", tmp_path)
+    shown = done("bench", "kernels", *SMALL, "--tokens", "48,32", *ops, "-o", tmp_path)
     results = json.loads((tmp_path / "kernels.json").read_text())
     assert results["command"].startswith("linearize ") and results["commit"] == "first" and results["copy_gbps"] > 0
     assert results["dtype"] == "float32" and results["versions"]["torch"] == torch.__version__
@@ -106,12 +93,12 @@ def test_kernels_from_the_command_line(tmp_path, monkeypatch):
 
     # again: refused, then merged, by the same shape alone
     again = ["kernels", *SMALL, "--tokens", "48", "--ops", "window", "-o", tmp_path]
-    refused = run(*again)
+    refused = run("bench", *again)
     assert refused.exit_code == 2 and "--merge" in refused.stderr
-    other = run(*again, "--merge", "--heads", "4")
+    other = run("bench", *again, "--merge", "--heads", "4")
     assert other.exit_code == 2 and "heads 2" in other.stderr
     monkeypatch.setenv("LINEARIZE_COMMIT", "second")
-    merged = json.loads(done(*again, "--merge", "--json"))
+    merged = json.loads(done("bench", *again, "--merge", "--json"))
     assert merged == json.loads((tmp_path / "kernels.json").read_text())
     assert [(r["op"], r["provider"], r["tokens"]) for r in merged["rows"]] == list(rows)
     assert {r["commit"] for r in merged["rows"] if (r["op"], r["tokens"]) == ("window", 48)} == {"second"}
@@ -140,7 +127,7 @@ def test_what_kernels_refuses(tmp_path, code, message, args):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "kernels.json").write_text("[]")
     places = {"{file}": tmp_path / "file", "{broken}": tmp_path / "broken"}
-    result = run("kernels", *SMALL, *(places.get(arg, arg) for arg in args))
+    result = run("bench", "kernels", *SMALL, *(places.get(arg, arg) for arg in args))
     last = result.stderr.strip().splitlines()[-1]
     assert result.exit_code == code and last.startswith("Error: ") and message in last and result.stdout == ""
 
@@ -291,7 +278,7 @@ def test_peers_are_asked_for_the_same_function(monkeypatch):
 
 def test_cold_starts_and_children_that_fail(tmp_path):
     shown = json.loads(
-        done("kernels", *SMALL, "--tokens", "16", "--ops", "linear", "--no-timing", "--cold-start", "--json")
+        done("bench", "kernels", *SMALL, "--tokens", "16", "--ops", "linear", "--no-timing", "--cold-start", "--json")
     )
     [row] = [row for row in shown["cold_start"] if row["provider"] == "linearize"]
     assert 0 < row["forward_s"] < row["forward_backward_s"] and "error" not in row and row["jobs"] == 1
@@ -323,7 +310,7 @@ def test_repeats(monkeypatch):
 def test_model_of_a_config(config_file, tmp_path):
     options = ["--window", "8", "--contexts", "1,24,96", "--batch", "2", "--new-tokens", "32", "--device", "cpu"]
     more = ["--keep-softmax", "heads:1.0", "--teacher-max-prefill", "24", "-o", tmp_path]
-    shown = done("model", "--config", config_file, "--to", "linear", *options, *more)
+    shown = done("bench", "model", "--config", config_file, "--to", "linear", *options, *more)
     results = json.loads((tmp_path / "model.json").read_text())
     assert results["mixers"] == ["linear"] and results["mixer_options"] == {"window": 8, "sinks": 1}
     assert results["parameters"]["student"] > results["parameters"]["teacher"]
@@ -358,17 +345,17 @@ def test_model_of_folders(tmp_path):
         "--device",
         "cpu",
     ]
-    results = json.loads(done("model", *args, "--new-tokens", "32", "--no-prefill", "--json"))
+    results = json.loads(done("bench", "model", *args, "--new-tokens", "32", "--no-prefill", "--json"))
     assert [row["model"] for row in results["rows"]] == ["teacher", "student"]
     again = [*args, "--new-tokens", "32", "-o", tmp_path / "out"]
-    one = json.loads(done("model", *again, "--models", "student", "--json"))
+    one = json.loads(done("bench", "model", *again, "--models", "student", "--json"))
     assert [row["model"] for row in one["rows"]] == ["student"] and one["overtakes"] == [{"batch": 1}]
-    refused = run("model", *again)
+    refused = run("bench", "model", *again)
     assert refused.exit_code == 2 and "--merge" in refused.stderr
-    both = json.loads(done("model", *again, "--merge", "--models", "teacher", "--json"))
+    both = json.loads(done("bench", "model", *again, "--merge", "--models", "teacher", "--json"))
     assert [row["model"] for row in both["rows"]] == ["teacher", "student"] and both["rows"][1] == one["rows"][0]
     assert both == json.loads((tmp_path / "out" / "model.json").read_text()) and "decode" in both["overtakes"][0]
-    other = run("model", *again, "--merge", "--dtype", "bfloat16")
+    other = run("bench", "model", *again, "--merge", "--dtype", "bfloat16")
     assert other.exit_code == 2 and "dtype float32" in other.stderr
     assert all(row["prefill_s"] is None and row["decode_ms"] > 0 for row in results["rows"])
     assert "prefill" not in results["overtakes"][0]
@@ -391,7 +378,7 @@ def test_model_of_folders(tmp_path):
 )
 def test_what_model_refuses(config_file, code, message, args):
     args = [config_file if arg == "{config}" else arg for arg in args]
-    result = run("model", *args, "--device", "cpu")
+    result = run("bench", "model", *args, "--device", "cpu")
     last = result.stderr.strip().splitlines()[-1]
     assert result.exit_code == code and last.startswith("Error: ") and message in last
 
@@ -479,7 +466,7 @@ def test_a_time_lost_in_the_noise_is_none(config_file, monkeypatch):
     assert model._each([1.0, 1.1, 1.2], [1.0, 1.15, 1.3], 20) is None
     monkeypatch.setattr(model, "_each", lambda *args: None)
     shown = ["--config", config_file, "--to", "gla", "--contexts", "8,16", "--batch", "1", "--new-tokens", "2"]
-    results = json.loads(done("model", *shown, "--no-prefill", "--device", "cpu", "--json"))
+    results = json.loads(done("bench", "model", *shown, "--no-prefill", "--device", "cpu", "--json"))
     for row in results["rows"]:
         assert row["decode_ms"] is None and row["decode_tokens_per_second"] is None and row["kv_bytes"] is not None
         assert "noise" in row["error"] and "--new-tokens" in row["error"]
@@ -516,8 +503,8 @@ def test_a_model_that_fails_is_a_row(config_file, monkeypatch):
 
 def test_help_shows_examples():
     for words in (["kernels"], ["model"]):
-        assert f"linearize bench {words[0]}" in done(*words, "--help")
-    assert "linearize bench kernels" in done("--help")
+        assert f"linearize bench {words[0]}" in done("bench", *words, "--help")
+    assert "linearize bench kernels" in done("bench", "--help")
 
 
 def test_no_picture_without_matplotlib(monkeypatch, tmp_path):

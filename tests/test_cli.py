@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from conftest import MIXER_NAMES, tiny_teacher
 from families import CONVERTED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, BertConfig, MptConfig, PreTrainedTokenizerFast, T5Config
+from verbs import done, error_of, run
 
 from linearize import __version__, cli
 from linearize.cli import main
@@ -66,29 +66,8 @@ class Place:
         return str(self.folder / name)
 
 
-def run(*args: object):
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def done(*args: object) -> str:
-    """Stdout of a verb that must succeed."""
-    result = run(*args)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
-
-
 def listing(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def said(result) -> str:
-    """The one message of a verb that failed, stdout being empty."""
-    assert result.stdout == "" and "Traceback" not in result.stderr
-    *before, last = result.stderr.replace("\r", "\n").rstrip("\n").split("\n")
-    assert last.startswith("Error: ") and not any(line.startswith("Error") for line in before), result.stderr
-    return last
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +231,7 @@ def test_resume(place, tmp_path, monkeypatch):
     broken = run(*common, "-o", tmp_path / "out", "--work-dir", tmp_path / "work")
     monkeypatch.undo()
     assert broken.exit_code == 1 and not (tmp_path / "out").exists()
-    assert "--resume" in said(run(*common, "-o", tmp_path / "out", "--work-dir", tmp_path / "work"))
+    assert "--resume" in error_of(run(*common, "-o", tmp_path / "out", "--work-dir", tmp_path / "work"))
     done(*common, "-o", tmp_path / "out", "--work-dir", tmp_path / "work", "--resume")
     for name in ("model.safetensors", "loss.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
@@ -460,7 +439,7 @@ def test_bad_input(bad, tmp_path, code, command, message):
             word = word.replace("{" + name + "}", names.get(name, bad[name]))
         args.append(word)
     result = run(*args)
-    assert message in said(result)
+    assert message in error_of(result)
     assert result.exit_code == code
     assert listing(tmp_path) == [] and listing(bad.folder) == before
 
@@ -482,14 +461,14 @@ def test_bad_input(bad, tmp_path, code, command, message):
 def test_wrong_usage(place, tmp_path, command):
     args = command.format(teacher=place["teacher"], student=place["student"], out=tmp_path / "out").split()
     result = run(*args)
-    assert result.exit_code == 2 and "Usage: linearize" in result.stderr and "Error: " in said(result)
+    assert result.exit_code == 2 and "Usage: linearize" in result.stderr and "Error: " in error_of(result)
     assert listing(tmp_path) == []
 
 
 def test_a_name_that_the_hub_does_not_know(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     result = run("convert", "nobody/nothing-at-all", "--to", "linear", "-o", tmp_path / "out")
-    assert result.exit_code == 1 and "no folder of this name here" in said(result)
+    assert result.exit_code == 1 and "no folder of this name here" in error_of(result)
     assert listing(tmp_path) == []
 
 
@@ -506,7 +485,11 @@ def test_what_was_not_foreseen_is_one_line_too(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LinearizeForCausalLM, "save_pretrained", fails)
     result = run("convert", place["teacher"], "--to", "linear", "-o", tmp_path / "out")
-    assert result.exit_code == 1 and "RuntimeError: first second" in said(result) and "LINEARIZE_DEBUG" in said(result)
+    assert (
+        result.exit_code == 1
+        and "RuntimeError: first second" in error_of(result)
+        and "LINEARIZE_DEBUG" in error_of(result)
+    )
     assert listing(tmp_path) == []
 
 
@@ -525,7 +508,7 @@ def test_overwrite_keeps_the_old_until_the_new_is_whole(place, tmp_path, monkeyp
     before = {path: path.read_bytes() for path in out.iterdir()}
     with monkeypatch.context() as patch:
         fill_the_disk(patch)
-        assert "the disk is full" in said(run(*convert))
+        assert "the disk is full" in error_of(run(*convert))
     assert {path: path.read_bytes() for path in out.iterdir()} == before and os.listdir(tmp_path) == ["out"]
     done(*convert)
     assert AutoModelForCausalLM.from_pretrained(out).config.layers[0]["mixer"] == "gla"
@@ -538,7 +521,7 @@ def test_full_disk(place, tmp_path, monkeypatch, command):
     for name in ("teacher", "student", "text.jsonl"):
         command = command.replace("{" + name + "}", place[name])
     result = run(*command.replace("{out}", str(tmp_path / "deep" / "out")).split())
-    assert result.exit_code == 1 and "the disk is full" in said(result)
+    assert result.exit_code == 1 and "the disk is full" in error_of(result)
     left = [name for name in listing(tmp_path) if not name.startswith("deep/out.work")]
     assert left in ([], ["deep"])  # checkpoints stay, for --resume
 
@@ -551,7 +534,7 @@ def test_a_disk_that_is_really_full(place, tmp_path):
         pytest.skip("mounting a small disk takes root")
     try:
         result = run("convert", place["teacher"], "--to", "linear", "-o", disk / "out")
-        assert result.exit_code == 1 and "the disk is full" in said(result)
+        assert result.exit_code == 1 and "the disk is full" in error_of(result)
         assert listing(disk) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
