@@ -234,6 +234,19 @@ def test_kept_heads_are_not_calibrated_away():
         assert len(student.calibration.layers) == len(student.mixer_layers())
 
 
+@pytest.mark.parametrize("to, own", [("linear", 5e-3), ("gated_delta", 2e-2)])
+def test_alignment_has_the_mixers_own_rate(to, own):
+    """None given, it is the mixer's; the report says which it was."""
+    teacher, tokens = tiny_teacher(), ids()
+    reports = []
+    for rate in (None, own, 1e-4):
+        options = CalibrateOptions(sequences=6, length=48, passes=2, learning_rate=rate)
+        student = convert(teacher, to, window=WINDOW, calibrate_on=tokens, calibrate_options=options)
+        reports.append(student.calibration)
+    unasked, asked, other = reports
+    assert unasked.options.learning_rate == own and unasked.trace == asked.trace != other.trace
+
+
 def test_what_calibration_refuses():
     teacher = tiny_teacher()
     for wrong, flag in (
