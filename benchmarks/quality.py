@@ -104,7 +104,7 @@ def with_compiled(recipe: str, settings: Settings, options: argparse.Namespace) 
         and (stage.options.tokens or 0) >= COMPILED_TOKENS
         and stage.options.max_length <= COMPILED_LENGTH
     }
-    return {**settings, **gain}
+    return {**gain, **settings}
 
 
 def trained(recipe: str, settings: Settings, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
