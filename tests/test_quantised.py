@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from conftest import tiny_teacher
-from test_cli import byte_tokenizer, done, run, said
+from test_cli import byte_tokenizer
+from verbs import done, run, said
 
 import linearize
 from linearize.errors import UserError

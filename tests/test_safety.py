@@ -14,8 +14,9 @@ import datasets
 import pytest
 import torch
 from safetensors import safe_open
-from test_cli import DISTILL, TRAIN, done, place, run, said  # noqa: F401  (place is a fixture)
+from test_cli import DISTILL, TRAIN, place  # noqa: F401  (place is a fixture)
 from transformers import AutoModelForCausalLM
+from verbs import done, run, said
 
 import linearize
 from linearize.convert import convert
