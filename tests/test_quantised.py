@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_teacher
 from test_cli import byte_tokenizer
-from verbs import done, run, said
+from verbs import done, error_of, run
 
 import linearize
 from linearize.errors import UserError
@@ -86,5 +86,5 @@ def test_without_bitsandbytes_it_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "weights" / "model.safetensors").rename(tmp_path / "four" / "model.safetensors")
     byte_tokenizer().save_pretrained(tmp_path / "four")
     monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda *args: False)
-    assert "bitsandbytes" in said(run("convert", tmp_path / "four", "--to", "linear", "-o", tmp_path / "out"))
+    assert "bitsandbytes" in error_of(run("convert", tmp_path / "four", "--to", "linear", "-o", tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from test_cli import DISTILL, TRAIN, place  # noqa: F401  (place is a fixture)
 from transformers import AutoModelForCausalLM
-from verbs import done, run, said
+from verbs import done, error_of, run
 
 import linearize
 from linearize.convert import convert
@@ -86,7 +86,7 @@ def test_a_pickle_in_a_models_folder_is_left_alone(place, tmp_path, mark, name):
     trap(folder / name, mark)
     done("convert", folder, "--to", "linear", "-o", tmp_path / "out")  # there are safetensors too
     (folder / "model.safetensors").unlink()
-    assert "no weights" in (text := said(run("convert", folder, "--to", "linear", "-o", tmp_path / "no"))) or (
+    assert "no weights" in (text := error_of(run("convert", folder, "--to", "linear", "-o", tmp_path / "no"))) or (
         "pickles" in text and "not loaded" in text
     )
     assert not mark.exists() and not (tmp_path / "no").exists()
@@ -97,7 +97,7 @@ def test_an_adapter_that_is_a_pickle_is_refused(place, tmp_path, mark):  # noqa:
     done("finetune", place["student"], "--dataset", place["text.jsonl"], "--tokens", "128", *TRAIN, "-o", adapter)
     (adapter / "adapter_model.safetensors").unlink()
     trap(adapter / "adapter_model.bin", mark)
-    text = said(run("generate", adapter, "hello"))
+    text = error_of(run("generate", adapter, "hello"))
     assert "no adapter_model.safetensors" in text and "pickles are not loaded" in text and not mark.exists()
 
 
@@ -125,10 +125,10 @@ def test_a_checkpoint_is_resumed_without_running_what_lies_in_it(place, tmp_path
     for name in ("optimizer.pt", "scheduler.pt"):
         whole = (checkpoint / name).read_bytes()
         trap(checkpoint / name, mark)
-        assert "cannot be read" in said(run(*words, "--resume")) and not mark.exists()
+        assert "cannot be read" in error_of(run(*words, "--resume")) and not mark.exists()
         (checkpoint / name).write_bytes(whole)
     torch.save(Trap(mark), checkpoint / "rng_state.pth")
-    assert "cannot be read" in said(run(*words, "--resume")) and not mark.exists()
+    assert "cannot be read" in error_of(run(*words, "--resume")) and not mark.exists()
 
 
 def test_what_is_written_is_safetensors(place, tmp_path):  # noqa: F811
@@ -178,7 +178,7 @@ def test_code_of_a_repository_runs_when_asked_for_alone(place, tmp_path, mark, c
     for name, path in names.items():
         command = command.replace("{" + name + "}", path)
     result = run(*command.split())
-    assert result.exit_code == 1 and "--trust-remote-code" in said(result)
+    assert result.exit_code == 1 and "--trust-remote-code" in error_of(result)
     assert not mark.exists() and not (tmp_path / "out").exists()
 
 
@@ -197,7 +197,7 @@ def test_a_tokenizer_s_code_runs_when_asked_for_alone(place, tmp_path, mark):  #
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     result = run("convert", folder, "--to", "gla", "-o", tmp_path / "out")
     assert not mark.exists()
-    assert result.exit_code == 0 or "--trust-remote-code" in said(result)
+    assert result.exit_code == 0 or "--trust-remote-code" in error_of(result)
 
 
 def test_a_students_folder_is_never_asked_for_its_code(tmp_path, mark):
@@ -220,7 +220,7 @@ def test_a_recipe_is_data(place, tmp_path, mark, tag):  # noqa: F811
     (tmp_path / "recipe.yaml").write_text(f"name: x\nconvert: {tag.format(mark=mark)}\n")
     command = ["run", tmp_path / "recipe.yaml", place["teacher"], "--dataset", place["text.jsonl"]]
     result = run(*command, "-o", tmp_path / "out")
-    assert result.exit_code == 2 and "is no YAML" in said(result) and not mark.exists()
+    assert result.exit_code == 2 and "is no YAML" in error_of(result) and not mark.exists()
     setting = f"convert.to={tag.format(mark=mark)}"
     result = run("run", "default", *command[2:], "--set", setting, "-o", tmp_path / "out")
     assert result.exit_code == 2 and not mark.exists()
@@ -234,7 +234,7 @@ def test_a_data_set_brings_no_code(place, tmp_path, mark, monkeypatch):  # noqa:
     trap(Path("rows.pkl"), mark)
     for spec in ("evil", "evil:default", "evil/evil.py", "./evil/evil.py", "rows.pkl"):
         result = run("eval", place["student"], "--dataset", spec)
-        assert result.exit_code == 1 and "--dataset" in said(result)
+        assert result.exit_code == 1 and "--dataset" in error_of(result)
         assert not mark.exists()
 
 
