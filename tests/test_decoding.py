@@ -7,8 +7,8 @@ import contextlib
 import pytest
 import torch
 from conftest import MIXER_NAMES, relative_error, shake, tiny_teacher
+from recorder import recorder_into
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, StaticCache
 
 from linearize.convert import convert
@@ -34,53 +34,11 @@ def prompt(batch=2, length=6):
     return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-class Recorder(TorchDispatchMode):
-    """A CUDA graph on the CPU: what ran is run again on the same tensors, and Python is not asked."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.before, self.made = [], {}, set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("a value was looked at")
-        for argument, value in zip(function._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and id(value) not in self.made:
-                self.before.setdefault(id(value), (value, value.clone()))
-        out = function(*args, **(kwargs or {}))
-        outputs = [value for value in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(value)]
-        inputs = {value.untyped_storage().data_ptr() for value in args if torch.is_tensor(value)}
-        fresh = [value for value in outputs if value.untyped_storage().data_ptr() not in inputs]
-        self.made.update(map(id, fresh))
-        self.calls.append((function, args, kwargs or {}, outputs, fresh))
-        return out
-
-    def replay(self):
-        for function, args, kwargs, outputs, fresh in self.calls:
-            out = function(*args, **kwargs)
-            again = [value for value in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(value)]
-            for old, new in zip(outputs, again, strict=True):
-                if any(old is value for value in fresh):
-                    old.copy_(new)
-
-
 @pytest.fixture
 def recordings(monkeypatch):
     """Lets `generate` record on the CPU; the list of what was recorded."""
     made = []
-
-    def record(function, device):
-        recorder = Recorder()
-        made.append(recorder)
-        try:
-            with recorder:
-                out = function()
-        finally:
-            for value, before in recorder.before.values():  # recording runs nothing
-                value.copy_(before)
-        return recorder.replay, out
-
-    monkeypatch.setattr(decoding, "record", record)
+    monkeypatch.setattr(decoding, "record", recorder_into(made))
     monkeypatch.setattr(decoding, "records_on", lambda device: True)
     return made
 

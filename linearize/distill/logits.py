@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import sharding
 from .compiling import decoder_layers, mixers, stacked_layers
 from .feed import Item
-from .losses import count_targets, head_losses, head_of, prove_head
+from .losses import count_targets, head_losses, head_of, prove_head, scored_tokens
 from .options import FinetuneOptions, LogitOptions
 from .trainer import StageTrainer
 
@@ -69,7 +69,10 @@ class HeadTrainer(StageTrainer):
         counts = [count_targets(batch["labels"]) for batch in batches]
         return batches, torch.stack(counts).sum() if counts else None
 
-    def head_sums(self, inputs: Item, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def look(self, inputs: Item) -> Item:
+        return {**inputs, "scored": scored_tokens(inputs["labels"])}
+
+    def head_sums(self, inputs: Item, labels: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of KL and cross-entropy over the scored tokens."""
         with self.autocast():
             hidden = self.student.base_model(**inputs, use_cache=False).last_hidden_state
@@ -86,6 +89,7 @@ class HeadTrainer(StageTrainer):
                 teacher_head=teacher_head,
                 temperature=self.temperature,
                 with_ce=self.ce_weight > 0,
+                scored=scored,
                 chunk=self.chunk,
                 compiled=self.compiled,
             )
@@ -98,8 +102,9 @@ class HeadTrainer(StageTrainer):
 
     def step_losses(self, inputs: Item, num_items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        kl, ce = self.head_sums(inputs, labels) if self.unit is None else self.unit(inputs, labels)
+        head_sums = self.head_sums if self.unit is None else self.unit
+        labels, scored = inputs.pop("labels"), inputs.pop("scored")
+        kl, ce = head_sums(inputs, labels, scored)
         count = num_items.clamp_min(1)
         loss = ((1 - self.ce_weight) * kl + self.ce_weight * ce) / count
         self.backward(loss)

@@ -84,6 +84,11 @@ def count_targets(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORED).sum()
 
 
+def scored_tokens(labels: Tensor) -> Tensor:
+    """Places of the predictions that `labels` [B, T] score among the B * T flattened ones, LongTensor [N]."""
+    return (next_token_labels(labels).flatten() != IGNORED).nonzero().squeeze(-1)
+
+
 def head_of(model: torch.nn.Module) -> Head:
     """From final hidden states [..., D] to logits [..., V] as `model` computes them, factor and soft cap included."""
     project = model.get_output_embeddings()  # type: ignore[operator]
@@ -154,22 +159,22 @@ def head_losses(
     teacher_head: Head | None = None,
     temperature: float = 1.0,
     with_ce: bool = False,
+    scored: Tensor | None = None,
     chunk: int = 1024,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sums over the scored tokens of KL(teacher || student) and of cross-entropy, a chunk at a time.
 
     `hidden`, `teacher_hidden` [B, T, D] are final hidden states, `labels` [B, T] unshifted with -100 where
-    nothing is scored. Without a teacher KL is 0; without `with_ce` cross-entropy is 0. KL is multiplied by
-    temperature^2, so that its gradient keeps its size (Hinton, 1503.02531).
+    nothing is scored; `scored` is `scored_tokens(labels)`, for who has it. Without a teacher KL is 0; without `with_ce`
+    cross-entropy is 0. KL is multiplied by temperature^2, so that its gradient keeps its size (Hinton, 1503.02531).
 
     Each chunk is recomputed in the backward pass: at most `chunk` x V logits of each model exist at any time. With
     `compiled` they are read fewer times.
     """
-    targets = next_token_labels(labels).flatten()
-    scored = (targets != IGNORED).nonzero().squeeze(-1)
-    targets = targets[scored]
-    hidden = hidden.flatten(0, 1)[scored]
+    scored = scored_tokens(labels) if scored is None else scored
+    targets = next_token_labels(labels).flatten().index_select(0, scored)
+    hidden = hidden.flatten(0, 1).index_select(0, scored)
     # chunks of one size, where they can be: a compiled program is for one
     count = max(math.ceil(len(targets) / chunk), 1)
     chunk = max(math.ceil(len(targets) / count), 1)
@@ -178,7 +183,7 @@ def head_losses(
     chunks = hidden.split(chunk)
     teacher_chunks: tuple[Tensor | None, ...] = (None,) * len(chunks)
     if teacher_hidden is not None:
-        teacher_chunks = teacher_hidden.flatten(0, 1)[scored].split(chunk)
+        teacher_chunks = teacher_hidden.flatten(0, 1).index_select(0, scored).split(chunk)
     kl = ce = widened(hidden.new_zeros(()))
     for part, teacher_part, target in zip(chunks, teacher_chunks, targets.split(chunk), strict=True):
         part_kl, part_ce = checkpoint(

@@ -85,6 +85,7 @@ class TrainOptions:
     precision: str = _option("auto", "auto, fp32 or bf16 (autocast); trained parameters are fp32 always.")
     device: str | None = _option(None, "cpu, or the accelerator that is there (default).")
     compile: bool = _option(False, "Compile the layers: a later start, shorter steps.")
+    cuda_graph: bool = _option(False, "Record a step as a CUDA graph: a small model does not wait for Python.")
     save_steps: int = _option(500, "Steps between checkpoints.")
     log_steps: int = _option(10, "Steps between lines of the loss log.")
 

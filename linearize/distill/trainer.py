@@ -28,6 +28,7 @@ from . import sharding, together
 from .arguments import trainer_arguments
 from .compiling import mixers
 from .feed import Item, Stack
+from .graphed import GraphedStep
 from .interrupt import Interrupt
 from .options import TrainOptions
 from .pace import Pace
@@ -85,6 +86,7 @@ class StageTrainer(Trainer):
             teacher.to(self.args.device)
         self.half = self._runs_in_half()
         self.share = 1.0  # of a batch's rows, this process's
+        self.graphed: GraphedStep | None = None
         if processes.several():
             # gradients are summed here (together.py): wrapped for DDP, the model would do it again
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
@@ -118,20 +120,44 @@ class StageTrainer(Trainer):
         """Whether documents are told apart by their positions, which code that is compiled cannot look at."""
         return self.train_dataset is not None and "position_ids" in self.train_dataset[0]
 
+    def look(self, inputs: Item) -> Item:
+        """`inputs`, and what a step must know of their values: `step_losses` itself, which may be recorded as a CUDA
+        graph, cannot look at any."""
+        return inputs
+
     def step_losses(self, inputs: Item, num_items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one batch: its detached share of the step's loss, and parts for the log."""
         raise NotImplementedError
+
+    def losses(self, inputs: Item, num_items: Any, off: str | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """`step_losses`, plainly or by a replay; `off` is the mixers' branch that is off."""
+        if self.graphed is None or inputs.keys() & {"position_ids", "attention_mask"}:
+            return self.step_losses(inputs, num_items)
+        tensors = dict(inputs)
+        if num_items is not None:
+            tensors["num_items"] = torch.as_tensor(num_items).to(self.args.device)
+        return self.graphed(tensors, (off, self.current_gradient_accumulation_steps))
+
+    def _graphed(self) -> GraphedStep | None:
+        if not self.options.cuda_graph or processes.several():
+            return None
+
+        def step(tensors: Item) -> tuple[Tensor, dict[str, Tensor]]:
+            inputs: dict[str, Any] = dict(tensors)
+            return self.step_losses(inputs, inputs.pop("num_items", None))
+
+        return GraphedStep(step, list(self._trainable().values()), self.args.device)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         self._stepped = True
         model.train()
         rows = len(inputs["input_ids"])
-        inputs = self._prepare_inputs(together.own_rows(inputs))
+        inputs = self._prepare_inputs(self.look(together.own_rows(inputs)))
         self.share = len(inputs["input_ids"]) / rows
         without_window = self._is_without_window()
         off = "window" if without_window else None if getattr(self.options, "linear_branch", True) else "linear"
         with branch_off(self.student, off) if off else nullcontext():
-            loss, parts = self.step_losses(inputs, num_items_in_batch)
+            loss, parts = self.losses(inputs, num_items_in_batch, off)
         if processes.several():
             loss, parts, self.interrupt.others = together.totals(loss, parts, self.interrupt.asked)
             if self.accelerator.sync_gradients and not processes.sharded():
@@ -226,6 +252,7 @@ class StageTrainer(Trainer):
         saves = self.args.save_strategy != "no"
         self._began = time.monotonic()
         self._stepped = False
+        self.graphed = self._graphed()
         try:
             if checkpoint is not None:
                 check_state(checkpoint)
@@ -244,6 +271,7 @@ class StageTrainer(Trainer):
             raise unreadable(checkpoint, error) from error
         finally:
             self.tally.seconds, self._began = self.seconds, None
+            self.graphed = None  # and the memory that its recordings hold
             self.pace.close()
         if self.interrupt.agreed:
             if processes.is_main():

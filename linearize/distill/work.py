@@ -23,7 +23,7 @@ RUN_FILE = "run.json"
 LOG_FILE = "loss.jsonl"
 TRAINABLE_FILE = "trainable.safetensors"
 # a checkpoint may be read on other hardware and saved or logged at another pace
-_FREE = ("save_steps", "log_steps", "device", "compile")
+_FREE = ("save_steps", "log_steps", "device", "compile", "cuda_graph")
 _ANEW = "put it back, or pass --overwrite in place of --resume to start anew"
 
 

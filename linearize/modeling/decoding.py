@@ -16,7 +16,6 @@ tensors of that call's cache.
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import threading
 import warnings
@@ -29,6 +28,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import create_masks_for_generate
 
 from .cache import MixerCacheLayer
+from .recording import record, records_on
 
 # `generate` asks twice, one after the other in one thread: the answer to the first, until the second.
 _asked = threading.local()
@@ -119,40 +119,6 @@ def can_record(model: nn.Module) -> bool:
     return not any(
         module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in model.modules()
     )
-
-
-def records_on(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-def record(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """Records what `function` launches, without running it: a function that runs it, and the output it writes.
-
-    Raises:
-        RuntimeError: it does something that a CUDA graph cannot hold.
-    """
-    graph = torch.cuda.CUDAGraph()
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    stream = _streams[device]
-    stream.wait_stream(torch.cuda.current_stream(device))
-    collects = gc.isenabled()
-    gc.disable()  # what the collector frees on the device would spoil the recording
-    try:
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on using the device
-            try:
-                out = function()
-            finally:
-                graph.capture_end()
-    finally:
-        torch.cuda.current_stream(device).wait_stream(stream)
-        if collects:
-            gc.enable()
-    return graph.replay, out
-
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class GraphedForward:

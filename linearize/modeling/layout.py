@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .recording import cannot_look
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -25,9 +27,9 @@ class Layout:
 
 
 def refuse(condition: Tensor, message: str) -> None:
-    """Raises where `condition` (of one element) holds: a ValueError, or in compiled code an assertion on the device,
-    because a compiled forward cannot wait for a value."""
-    if torch.compiler.is_compiling():
+    """Raises where `condition` (of one element) holds: a ValueError, or an assertion on the device in code that is
+    compiled or recorded, which cannot wait for a value."""
+    if cannot_look():
         torch._assert_async(~condition, message)
     elif bool(condition):
         raise ValueError(message)
@@ -75,8 +77,8 @@ def read_layout(
     """Layout of the B x T new tokens of a forward; `past` as in `_real_tokens`.
 
     Pads are on the left (or, without a cache, on the right). Without pads, `position_ids` that do not rise by one
-    start a new document. Compiled code cannot look at them: there `cu_seq_lens_q` tells documents, and positions that
-    restart are refused.
+    start a new document. Code that is compiled or recorded cannot look at them: there `cu_seq_lens_q` tells documents,
+    and positions that restart are refused.
 
     Raises:
         ValueError: pads and packed documents in one batch, or a mask that is neither 2D nor 4D.
@@ -84,7 +86,7 @@ def read_layout(
     global _last
     if tokens == 1 and attention_mask is None:
         return Layout()
-    if torch.compiler.is_compiling():
+    if cannot_look():
         return _trace(attention_mask, position_ids, tokens, past)
     tensors = [tensor for tensor in (attention_mask, position_ids) if tensor is not None]
     if any(tensor.is_inference() for tensor in tensors):
@@ -112,7 +114,7 @@ def _starts(position_ids: Tensor | None) -> Tensor | None:
 def _trace(
     attention_mask: Tensor | None, position_ids: Tensor | None, tokens: int, past: Tensor | int | None
 ) -> Layout:
-    """The layout in compiled code: a mask's pads, and no packed documents."""
+    """The layout where no value is looked at: a mask's pads, and no packed documents."""
     real = _real_tokens(attention_mask, tokens, past)
     starts = _starts(position_ids)
     if tokens > 1 and starts is not None:

@@ -18,7 +18,7 @@ from ..source import ModelSource
 # Of a config.json: what says how the model was loaded or saved, not what it is. peft sets pretraining_tp.
 _PASSING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "auto_map", "pretraining_tp")
 # Of a stage's options: what a stage that is done may differ in.
-_FREE = ("save_steps", "log_steps", "compile")
+_FREE = ("save_steps", "log_steps", "compile", "cuda_graph")
 MORE_THAN_LAST, MORE_THAN_START, SMALL = 3.0, 2.0, 0.05  # the last: nats
 
 
