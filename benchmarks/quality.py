@@ -211,7 +211,7 @@ def key(row: dict[str, Any]) -> str:
 
 def lasting(settings: Settings) -> Settings:
     """Without what changes the time alone."""
-    return {name: value for name, value in settings.items() if not name.endswith(".compile")}
+    return {name: value for name, value in settings.items() if not name.endswith((".compile", ".cuda_graph"))}
 
 
 def held(rows: list[dict[str, Any]], recipe: str, settings: Settings, tokens: int) -> dict[str, Any] | None:
@@ -261,7 +261,8 @@ def main() -> None:
         for entry in (STUDENTS[group] if group in STUDENTS else json.loads(Path(group).read_text()))
     ]
     chosen = [(recipe, settings) for recipe, settings in chosen if options.only in f"{recipe} {settings}"]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if options.jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     lock = threading.Lock()
 
     def keep(row: dict[str, Any]) -> None:

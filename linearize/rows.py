@@ -37,7 +37,7 @@ class TextSource:
         nothing."""
         parts = [part.strip() for part in spec.split(",") if part.strip()]
         if not parts:
-            raise UsageError("--dataset is empty; give a Hub name (name[:config[:split]]) or local files")
+            raise UsageError("--dataset is empty; give a Hub name (name[@revision][:config[:split]]) or local files")
         if len(parts) == 1 and not _is_local(parts[0]):
             name, _, rest = parts[0].partition(":")
             config, _, split = rest.partition(":")

@@ -18,7 +18,7 @@ def _data_options(command: Any) -> Any:
     for option in (
         click.option("--isolate", is_flag=True, help="Packed documents do not see each other."),
         click.option("--text-field", default="text", show_default=True, help="The data set's field with the text."),
-        click.option("--dataset", required=True, help="Hub name[:config[:split]] or local files, comma-separated."),
+        click.option("--dataset", required=True, help="Hub name[@revision][:config[:split]] or files, with commas."),
     ):
         command = option(command)
     return command
@@ -132,7 +132,7 @@ def finetune_verb(
 @click.argument("model")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As stages.logits.learning_rate=1e-4.")
-@click.option("--dataset", help="Hub name[:config[:split]] or local files, in place of the recipe's.")
+@click.option("--dataset", help="Hub name[@revision][:config[:split]] or local files, in place of the recipe's.")
 @click.option("--tokens", type=int, help="Tokens of all stages together, in place of the recipe's.")
 @model_options()
 @run_options()

@@ -70,7 +70,7 @@ def distill(
         student: a LinearizeForCausalLM, or the folder of one.
         teacher: the model that it was converted from, in memory (it is moved to the device), a Hub id, a
             folder or a `ModelSource`.
-        dataset: `name[:config[:split]]` on the Hub, local files, or a data set packed already (`data.pack`).
+        dataset: `name[@revision][:config[:split]]` on the Hub, local files, or a data set packed already (`data.pack`).
         tokenizer: packs the text and travels with `output`; by default the student folder's.
         stage: "transfer" (attention outputs, layer by layer), "logits" (KL), "mixing" (attention weights), "blocks"
             (decoder layers' outputs), or "all": a third of the tokens for transfer, the rest for logits, on different
