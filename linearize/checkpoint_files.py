@@ -237,6 +237,9 @@ def _parse_gguf(path: Path, blob: mmap.mmap, size: int, sizes: dict[int, tuple[i
         raise UserError(_damaged(path, f"its header cannot be read ({error})")) from error
     if "general.architecture" not in metadata:
         raise UserError(_damaged(path, "its header names no architecture"))
+    for name in ("split.count", "general.alignment"):
+        if not (isinstance(metadata.get(name, 1), int) and metadata.get(name, 1) > 0):
+            raise UserError(_damaged(path, f"its header says {name} {metadata[name]!r}"))
     if metadata.get("split.count", 1) > 1:
         raise UserError(
             f"{path} is one part of {metadata['split.count']}; join them first: llama-gguf-split --merge "

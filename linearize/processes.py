@@ -179,13 +179,18 @@ def speaks_of_failure() -> bool:
         return False
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether it says that another process has gone."""
+    return isinstance(error, RuntimeError) and _store is not None and any(sign in str(error) for sign in _GONE)
+
+
 @contextmanager
 def lost_said() -> Iterator[None]:
     """One message, a UserError, where the body fails because another process has gone."""
     try:
         yield
     except RuntimeError as error:
-        if _store is None or not any(sign in str(error) for sign in _GONE):
+        if not is_lost(error):
             raise
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, before the message is out

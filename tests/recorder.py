@@ -12,7 +12,6 @@ class Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls, self.before, self.made = [], {}, set()
-        self.recording = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:
@@ -45,11 +44,9 @@ def recorder_into(made):
         recorder = Recorder()
         made.append(recorder)
         try:
-            recorder.recording = True
             with recorder:
                 out = function()
         finally:
-            recorder.recording = False
             for value, before in recorder.before.values():  # recording runs nothing
                 value.copy_(before)
         return recorder.replay, out

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import shake, tiny_teacher
-from recorder import recorder_into
+from recorder import Recorder, recorder_into
 from test_distill import LENGTH, rows, weights
 
 from linearize.convert import convert
@@ -29,28 +31,26 @@ def recordings(monkeypatch):
     made = []
     monkeypatch.setattr(recording, "record", recorder_into(made))
     monkeypatch.setattr(recording, "records_on", lambda device: True)
-    monkeypatch.setattr(recording, "cannot_look", lambda: False)
-    # what is recorded on a GPU knows that it is, and takes the layout as compiled code does
-    monkeypatch.setattr("linearize.modeling.layout.cannot_look", lambda: bool(made) and made[-1].recording)
     return made
 
 
 def trained(teacher, data, stage, mixer="linear", cuda_graph=False, device="cpu", **options):
     """The log of a run and the student's weights after it."""
     student = shake(convert(teacher, mixer, window=8, sinks=1)).to(device)
-    settings = {"batch_size": 2, "max_length": LENGTH, "log_steps": 1, "warmup": 0.0, "device": device}
-    teacher = teacher.to(device)
-    distill(student, teacher, data, stage=stage, cuda_graph=cuda_graph, **settings, **options)
+    settings = {"batch_size": 2, "max_length": LENGTH, "log_steps": 1, "warmup": 0.0, "device": device, **options}
+    if stage == "logits":
+        settings.setdefault("gradient_checkpointing", False)  # which a CPU has by itself
+    distill(student, teacher.to(device), data, stage=stage, cuda_graph=cuda_graph, **settings)
     return student.distillation[0].log, weights(student)
 
 
 def same(plain, recorded):
-    for (log, state), (log2, state2) in [(plain, recorded)]:
-        assert log == log2 and len(log) > 4
-        assert all(torch.equal(state[name], state2[name]) for name in state)
+    (log, state), (log_again, state_again) = plain, recorded
+    assert log == log_again and len(log) > 5
+    assert all(torch.equal(state[name], state_again[name]) for name in state)
 
 
-@pytest.mark.parametrize("stage", ["transfer", "blocks", "logits"])
+@pytest.mark.parametrize("stage", ["transfer", "mixing", "blocks", "logits"])
 def test_replayed_steps_train_alike(teacher, mixer_name, stage, recordings):
     data = rows(16)
     plain = trained(teacher, data, stage, mixer_name)
@@ -76,20 +76,12 @@ def test_steps_without_windows_are_a_recording_of_their_own(teacher, recordings)
 
 
 def test_batches_of_other_counts_run_plainly(teacher, recordings):
-    """No step has as many scored tokens as another; those of two counts are recorded, where they come again."""
+    """Steps of other numbers of scored tokens than those before."""
     data = rows(16, ignored=True)
-    options = {"batch_size": 1}
-    settings = {"ce_weight": 0.5, "tokens": 4 * 16 * LENGTH}
-
-    def run(cuda_graph):
-        student = shake(convert(teacher, "linear", window=8, sinks=1))
-        distill(student, teacher, data, stage="logits", max_length=LENGTH, log_steps=1, device="cpu",
-                cuda_graph=cuda_graph, **options, **settings)  # fmt: skip
-        return student.distillation[0].log, weights(student)
-
-    plain = run(False)
-    same(plain, run(True))
-    assert len(recordings) == graphed.MOST_GRAPHS
+    options = {"batch_size": 1, "ce_weight": 0.5, "tokens": 4 * 16 * LENGTH}
+    plain = trained(teacher, data, "logits", **options)
+    same(plain, trained(teacher, data, "logits", cuda_graph=True, **options))
+    assert not recordings
 
 
 def test_documents_told_apart_are_not_recorded(teacher, recordings):
@@ -98,8 +90,9 @@ def test_documents_told_apart_are_not_recorded(teacher, recordings):
     assert not recordings
 
 
-def test_what_cannot_be_recorded_goes_on_plainly(teacher, recordings, monkeypatch):
-    plain = trained(teacher, rows(16), "transfer")
+@pytest.mark.parametrize("rehearsed", [True, False])
+def test_what_cannot_be_recorded_goes_on_plainly(teacher, rehearsed, recordings, monkeypatch):
+    plain = trained(teacher, rows(16), "transfer", gradient_accumulation=2, tokens=16 * 2 * LENGTH)
     norm = type(teacher.model.norm)
     forward = norm.forward
 
@@ -108,16 +101,33 @@ def test_what_cannot_be_recorded_goes_on_plainly(teacher, recordings, monkeypatc
         return forward(self, x)
 
     monkeypatch.setattr(norm, "forward", looking)
+    if rehearsed:
+        monkeypatch.setattr(graphed, "no_waiting", lambda device: Recorder())
     with pytest.warns(UserWarning, match="training without CUDA graphs, which is slower: a value was looked at"):
-        same(plain, trained(teacher, rows(16), "transfer", cuda_graph=True))
-    assert len(recordings) == 1
+        options = {"gradient_accumulation": 2, "tokens": 16 * 2 * LENGTH}
+        same(plain, trained(teacher, rows(16), "transfer", cuda_graph=True, **options))
+    assert len(recordings) == (0 if rehearsed else 1)
+
+
+def test_recomputed_activations_are_not_recorded(teacher, recordings):
+    options = {"gradient_checkpointing": True}
+    plain = trained(teacher, rows(16), "logits", **options)
+    with pytest.warns(UserWarning, match="--no-gradient-checkpointing"):
+        same(plain, trained(teacher, rows(16), "logits", cuda_graph=True, **options))
+    assert not recordings
 
 
 def test_lora_is_recorded(teacher, recordings):
     def run(cuda_graph):
         student = shake(convert(teacher, "gla", window=8, sinks=1))
         options = FinetuneOptions(
-            batch_size=2, max_length=LENGTH, log_steps=1, device="cpu", merge=True, cuda_graph=cuda_graph
+            batch_size=2,
+            max_length=LENGTH,
+            log_steps=1,
+            device="cpu",
+            merge=True,
+            cuda_graph=cuda_graph,
+            gradient_checkpointing=False,
         )
         _, result = stages.finetune(student, rows(16), options, Place())
         return result.log, weights(student)
@@ -130,19 +140,68 @@ def test_without_a_gpu_nothing_is_recorded(teacher):
     same(trained(teacher, rows(16), "logits"), trained(teacher, rows(16), "logits", cuda_graph=True))
 
 
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("stage", ["transfer", "logits"])
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
-def test_a_gpu_trains_alike(mixer_name, stage, compile, device, monkeypatch, recwarn):
-    made = []
-    record = recording.record
-    monkeypatch.setattr(recording, "record", lambda *arguments: made.append(1) or record(*arguments))
-    teacher, data = tiny_teacher(), rows(24)
-    options = {"device": device, "compile": compile, "precision": "fp32", "gradient_checkpointing": False}
-    options = {k: v for k, v in options.items() if stage == "logits" or k != "gradient_checkpointing"}
-    plain, _ = trained(teacher, data, stage, mixer_name, **options)
-    replayed, _ = trained(teacher, data, stage, mixer_name, cuda_graph=True, **options)
-    assert not [warning for warning in recwarn if "without CUDA graphs" in str(warning.message)]
-    assert len(made) == 1
+ON_A_GPU = [pytest.param("cuda", marks=gpu)]
+
+
+def on_a_gpu(teacher, stage, mixer, made, device, **options):
+    """A run whose steps are recorded beside a plain one; `made` counts recordings."""
+    options |= {"device": device, "precision": "fp32"}
+    plain, _ = trained(teacher, rows(24), stage, mixer, **options)
+    assert not made
+    replayed, _ = trained(teacher, rows(24), stage, mixer, cuda_graph=True, **options)
     for a, b in zip(plain, replayed, strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-3 * a["loss"]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """What is recorded on the GPU, an entry each."""
+    made, record = [], recording.record
+    monkeypatch.setattr(recording, "record", lambda *arguments: made.append(1) or record(*arguments))
+    return made
+
+
+@pytest.mark.parametrize("stage", ["transfer", "mixing", "blocks", "logits"])
+@pytest.mark.parametrize("device", ON_A_GPU)
+def test_a_gpu_trains_alike(mixer_name, stage, device, counted, recwarn):
+    on_a_gpu(tiny_teacher(), stage, mixer_name, counted, device)
+    assert not [warning for warning in recwarn if "without CUDA graphs" in str(warning.message)]
+    assert len(counted) == 1
+
+
+@pytest.mark.parametrize("stage", ["transfer", "logits"])
+@pytest.mark.parametrize("mixer", ["linear", "gla"])
+@pytest.mark.parametrize("device", ON_A_GPU)
+def test_a_gpu_trains_compiled_alike(mixer, stage, device, counted, recwarn):
+    on_a_gpu(tiny_teacher(), stage, mixer, counted, device, compile=True)
+    assert not [warning for warning in recwarn if "without CUDA graphs" in str(warning.message)]
+    assert len(counted) == 1
+
+
+@pytest.mark.parametrize("device", ON_A_GPU)
+def test_a_gpu_takes_sliding_windows(device, counted):
+    teacher = tiny_teacher("mistral", sliding_window=LENGTH // 2)
+    on_a_gpu(teacher, "transfer", "linear", counted, device)
+    assert len(counted) == 1
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("device", ON_A_GPU)
+def test_a_gpu_goes_on_where_a_step_waits(late, device, counted, monkeypatch):
+    """Found in the rehearsal, or as late as in the recording: training goes on, in this stage and the next."""
+    teacher = tiny_teacher()
+
+    def wait(*_):
+        if not late or torch.cuda.is_current_stream_capturing():
+            teacher.model.norm.weight.sum().item()
+
+    teacher.model.norm.register_forward_hook(wait)
+    monkeypatch.setattr(recording, "_broken", [])  # this process's later tests record again
+    for stage in ("transfer", "logits"):
+        before = len(counted)
+        # once a recording has broken off, no other is tried
+        tried = stage == "transfer" or not late
+        with pytest.warns(UserWarning, match="without CUDA graphs") if tried else nullcontext():
+            on_a_gpu(teacher, stage, "linear", [], device)
+        assert len(counted) == before + (late and stage == "transfer")
+    assert torch.isfinite(torch.rand(8, device=device)).all()

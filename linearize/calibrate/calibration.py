@@ -50,6 +50,10 @@ class CalibrateOptions:
             raise UsageError(f"--calibrate-length must be at least 16, got {self.length}")
         if self.passes < 0:
             raise UsageError(f"--calibrate-passes must be at least 0, got {self.passes}")
+        if self.batch_size < 1:
+            raise UsageError(f"--calibrate-batch-size must be at least 1, got {self.batch_size}")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise UsageError(f"--calibrate-learning-rate must be positive, got {self.learning_rate}")
 
 
 @dataclass

@@ -146,8 +146,7 @@ class MixingTrainer(LayerTrainer):
         weights = output[1]
         if weights is None:
             raise UserError("the teacher does not give its attention weights, which this stage matches; use 'blocks'")
-        size = module.anatomy.group_size
-        heads = [g * size + r for g in module.mixer_groups for r in range(size)]
+        weights = weights.index_select(1, module.routes(weights.device).mixer_heads.heads)
         ours = mixing_matrix(module, args, kwargs)
         with self.autocast(False):
-            return mixing_loss(ours, widened(weights[:, heads]).to(ours.dtype), valid) * self.share
+            return mixing_loss(ours, widened(weights).to(ours.dtype), valid) * self.share

@@ -21,6 +21,7 @@ class Pace(TrainerCallback):
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # a checkpoint has brought those of the run that wrote it
         if not processes.is_main():
             # dropout differs between the rows of a batch, whichever process has them
             torch.manual_seed(args.seed + processes.rank())

@@ -123,8 +123,8 @@ def _train(
             trainer.run(checkpoint)
         finally:
             # accelerate's wrapper of the model would otherwise hold on to the optimizer's state
-            trainer.accelerator.free_memory()
             trainer.optimizer = trainer.lr_scheduler = None
+            trainer.accelerator.free_memory()
         log = folder / LOG_FILE
         lines = processes.from_main(lambda: read_lines(log) if log.is_file() else [])
     return StageResult(
@@ -165,6 +165,8 @@ def wants_checkpoints(student: Any, options: LogitOptions | FinetuneOptions, fre
 @contextmanager
 def _checkpointing(student: Any, options: LogitOptions | FinetuneOptions) -> Iterator[None]:
     on_gpu = torch.cuda.is_available() and not (options.device or "").startswith("cpu")
+    if on_gpu:
+        torch.cuda.empty_cache()  # what stages before have freed is free
     enabled = wants_checkpoints(student, options, torch.cuda.mem_get_info()[0] if on_gpu else None)
     if enabled:
         set_checkpointing(student, True)

@@ -7,6 +7,7 @@ import math
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -141,6 +142,13 @@ class StageTrainer(Trainer):
     def _graphed(self) -> GraphedStep | None:
         if not self.options.cuda_graph or processes.several():
             return None
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.student.modules()):
+            warnings.warn(
+                "--cuda-graph: steps whose activations are recomputed are not recorded; --no-gradient-checkpointing "
+                "keeps them, where memory allows it",
+                stacklevel=2,
+            )
+            return None
 
         def step(tensors: Item) -> tuple[Tensor, dict[str, Tensor]]:
             inputs: dict[str, Any] = dict(tensors)
@@ -149,7 +157,7 @@ class StageTrainer(Trainer):
         return GraphedStep(step, list(self._trainable().values()), self.args.device)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        self._stepped = True
+        self._restored = True
         model.train()
         rows = len(inputs["input_ids"])
         inputs = self._prepare_inputs(self.look(together.own_rows(inputs)))
@@ -251,7 +259,7 @@ class StageTrainer(Trainer):
             return
         saves = self.args.save_strategy != "no"
         self._began = time.monotonic()
-        self._stepped = False
+        self._restored = False
         self.graphed = self._graphed()
         try:
             if checkpoint is not None:
@@ -266,7 +274,7 @@ class StageTrainer(Trainer):
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if checkpoint is None or self._stepped:
+            if checkpoint is None or self._restored or processes.is_lost(error):
                 raise
             raise unreadable(checkpoint, error) from error
         finally:
@@ -376,6 +384,10 @@ class StageTrainer(Trainer):
         else:
             sharding.load_whole(trainable, saved)
         self.tally.load(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self._restored = True  # it is the last that is read
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # several processes on CPUs read nothing with transformers 5.17's own

@@ -24,7 +24,11 @@ LOG_FILE = "loss.jsonl"
 TRAINABLE_FILE = "trainable.safetensors"
 # a checkpoint may be read on other hardware and saved or logged at another pace
 _FREE = ("save_steps", "log_steps", "device", "compile", "cuda_graph")
-_ANEW = "put it back, or pass --overwrite in place of --resume to start anew"
+
+
+def _anew(folder: Path) -> str:
+    # `--overwrite` would take the stages before this one, too
+    return f"put it back, or remove {folder} to start this stage anew"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +74,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 def unreadable(checkpoint: Path, error: Exception) -> UserError:
     """What is said of a checkpoint that is damaged, by whatever the libraries raised on it."""
     said = (str(error).strip() or "no message").split("\n")[0]
-    return UserError(f"{checkpoint} cannot be read ({type(error).__name__}: {said[:200]}); {_ANEW}")
+    return UserError(f"{checkpoint} cannot be read ({type(error).__name__}: {said[:200]}); {_anew(checkpoint.parent)}")
 
 
 def open_work(folder: Path, run: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
@@ -87,7 +91,7 @@ def open_work(folder: Path, run: Mapping[str, Any], *, resume: bool, overwrite: 
         )
     if checkpoint is not None and resume:
         with as_written(folder):
-            _check_same_run(folder, read_object(folder / RUN_FILE, _ANEW), run)
+            _check_same_run(folder, read_object(folder / RUN_FILE, _anew(folder)), run)
         _cut_log(folder / LOG_FILE, checkpoint_step(checkpoint))
         return checkpoint
     if folder.exists():
@@ -110,7 +114,7 @@ def _check_same_run(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
     if before.get("start") != now.get("start"):
         raise UserError(
             f"{folder} belongs to a run that started from other weights: resume it with the same STUDENT, "
-            "or pass --overwrite to start anew"
+            f"or remove {folder} to start this stage anew"
         )
     changed = [
         f"{where}{key} was {old.get(key)!r} and is {new.get(key)!r}"
@@ -121,7 +125,7 @@ def _check_same_run(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
     if changed:
         raise UserError(
             f"{folder} was started differently: {'; '.join(changed)}. Resume with the same options, "
-            "or pass --overwrite to start anew"
+            f"or remove {folder} to start this stage anew"
         )
 
 
@@ -131,7 +135,7 @@ def _cut_log(log: Path, step: int) -> None:
         kept = [line for line in read_lines(log) if line["step"] <= step] if log.is_file() else []
         log.unlink(missing_ok=True)
     except (KeyError, TypeError, OSError) as error:
-        raise UserError(f"{log} is no log of steps ({error!r}); {_ANEW}") from error
+        raise UserError(f"{log} is no log of steps ({error!r}); {_anew(log.parent)}") from error
     if kept:
         log.write_text("".join(json.dumps(line) + "\n" for line in kept))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from .recording import cannot_look
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Layout:
 
 
 def refuse(condition: Tensor, message: str) -> None:
-    """Raises where `condition` (of one element) holds: a ValueError, or an assertion on the device in code that is
-    compiled or recorded, which cannot wait for a value."""
-    if cannot_look():
+    """Raises where `condition` (of one element) holds: a ValueError, or in compiled code an assertion on the device,
+    because a compiled forward cannot wait for a value."""
+    if torch.compiler.is_compiling():
         torch._assert_async(~condition, message)
     elif bool(condition):
         raise ValueError(message)
@@ -67,6 +67,20 @@ def forget_layout() -> None:
     _last = None
 
 
+@contextmanager
+def whole_rows() -> Iterator[None]:
+    """Inside, every row is one document without pads, and nothing is read."""
+    global _whole
+    before, _whole = _whole, True
+    try:
+        yield
+    finally:
+        _whole = before
+
+
+_whole = False
+
+
 def read_layout(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
@@ -77,8 +91,8 @@ def read_layout(
     """Layout of the B x T new tokens of a forward; `past` as in `_real_tokens`.
 
     Pads are on the left (or, without a cache, on the right). Without pads, `position_ids` that do not rise by one
-    start a new document. Code that is compiled or recorded cannot look at them: there `cu_seq_lens_q` tells documents,
-    and positions that restart are refused.
+    start a new document. Compiled code cannot look at them: there `cu_seq_lens_q` tells documents, and positions that
+    restart are refused.
 
     Raises:
         ValueError: pads and packed documents in one batch, or a mask that is neither 2D nor 4D.
@@ -86,8 +100,10 @@ def read_layout(
     global _last
     if tokens == 1 and attention_mask is None:
         return Layout()
-    if cannot_look():
+    if torch.compiler.is_compiling():
         return _trace(attention_mask, position_ids, tokens, past)
+    if _whole:
+        return Layout()
     tensors = [tensor for tensor in (attention_mask, position_ids) if tensor is not None]
     if any(tensor.is_inference() for tensor in tensors):
         return _read(attention_mask, position_ids, batch, tokens, past)
@@ -114,7 +130,7 @@ def _starts(position_ids: Tensor | None) -> Tensor | None:
 def _trace(
     attention_mask: Tensor | None, position_ids: Tensor | None, tokens: int, past: Tensor | int | None
 ) -> Layout:
-    """The layout where no value is looked at: a mask's pads, and no packed documents."""
+    """The layout in compiled code: a mask's pads, and no packed documents."""
     real = _real_tokens(attention_mask, tokens, past)
     starts = _starts(position_ids)
     if tokens > 1 and starts is not None:

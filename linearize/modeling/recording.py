@@ -1,23 +1,17 @@
-"""Recording what a function launches as a CUDA graph, and what code that is recorded must not do."""
+"""Recording what a function launches as a CUDA graph."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 
 def records_on(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-def cannot_look() -> bool:
-    """Whether the code that runs now is compiled or recorded, and may not wait for a tensor's value."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # a build for CPUs has no such call
+    return device.type == "cuda" and not _broken
 
 
 def stream_of(device: torch.device) -> torch.cuda.Stream:
@@ -43,8 +37,11 @@ def record(function: Callable[[], Any], device: torch.device) -> tuple[Callable[
             graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on using the device
             try:
                 out = function()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # which says less than what broke it off
+                    _end(graph)
+                raise
+            _end(graph)
     finally:
         torch.cuda.current_stream(device).wait_stream(stream)
         if collects:
@@ -52,4 +49,12 @@ def record(function: Callable[[], Any], device: torch.device) -> tuple[Callable[
     return graph.replay, out
 
 
+def _end(graph: torch.cuda.CUDAGraph) -> None:
+    _broken.append(graph)
+    graph.capture_end()
+    _broken.remove(graph)
+
+
 _streams: dict[torch.device, torch.cuda.Stream] = {}
+# Recordings that could not even be ended: the allocator goes on asking them. Nothing is recorded after one.
+_broken: list[Any] = []

@@ -41,7 +41,7 @@ _CONVERT: dict[str, Any] = {
     "keep_window": int | None,
     "mixer_options": dict[str, Any] | None,
     "calibrate": bool | str | None,
-    "calibrate_options": dict[str, int] | None,
+    "calibrate_options": dict[str, Any] | None,
     "keep_score": str | None,
 }
 _STAGE: dict[str, Any] = {"name": str, "kind": str, "share": float, "dataset": str, "text_field": str, "isolate": bool}
@@ -282,9 +282,11 @@ def _calibration(options: dict[str, Any], seed: int, where: str = "the recipe") 
     """The calibration's own options. UsageError for what they do not know or allow."""
     from ..calibrate import CalibrateOptions
 
-    names = [entry.name for entry in fields(CalibrateOptions) if entry.name != "seed"]
-    document.check_keys(options, names, f"{where}, convert.calibrate_options")
-    return CalibrateOptions(seed=seed, **options)
+    hints = {name: hint for name, hint in typing.get_type_hints(CalibrateOptions).items() if name != "seed"}
+    where = f"{where}, convert.calibrate_options"
+    document.check_keys(options, hints, where)
+    told = {name: document.typed(value, hints[name], f"{where}.{name}") for name, value in options.items()}
+    return CalibrateOptions(seed=seed, **told)
 
 
 def _check_mixer(name: str) -> None:
