@@ -12,9 +12,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from .errors import UserError
+from .json_files import parse
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+NAMED = "transformers_weights"  # the key of a config.json that names another file
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MAX_HEADER = 100 << 20  # the limit of the safetensors library itself
 _BITS = {
@@ -32,9 +34,10 @@ def check_folder(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
 
     Raises:
         UserError: no safetensors (pickles are not loaded), a name or a link that leads out of the folder, a shard that
-            is missing, truncated or corrupt.
+            is missing, truncated or corrupt, a config.json that names another file.
     """
     single, index = folder / SINGLE, folder / INDEX
+    _check_named(folder, SINGLE if single.is_file() else INDEX)
     if single.is_file():  # transformers prefers it to an index, too
         _check_inside(folder, SINGLE)
         return {tensor: (single, entry) for tensor, entry in check_safetensors(single).items()}
@@ -96,6 +99,23 @@ def shards_of(index: Path) -> dict[str, list[str]]:
 
 def _no_index(index: Path, error: Exception) -> UserError:
     return UserError(f"{index} is not a shard index ({repr(error)[:300]}); download the model again")
+
+
+def _check_named(folder: Path, read: str) -> None:
+    """Refuses a config.json by which transformers would load another file than `read`. A student's config has its
+    teacher's inside, which is asked for what it does not say itself."""
+    path = folder / "config.json"
+    try:
+        config = parse(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError):  # said by what reads the config
+        return
+    for fields in (config, config.get("parent_config") if isinstance(config, dict) else None):
+        named = fields.get(NAMED) if isinstance(fields, dict) else None
+        if named not in (None, read):
+            raise UserError(
+                f"{path} names {str(named)[:300]!r} as the weights ({NAMED}), and {SINGLE} or {INDEX} is what is read: "
+                "take that key out, and give the weights one of these names"
+            )
 
 
 def _check_inside(folder: Path, name: str) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UsageError, UserError
 
-# A folder without any of these was not made by this package: --overwrite will not delete it.
-_OURS = ("linearize.json", "config.json", "adapter_config.json")
+# A folder with none of these was not made by this package: --overwrite will not delete it.
+_OURS = ("linearize.json", "adapter_config.json", "config.json of a converted model")
+_FOLDERS = ("pictures",)  # of the model card
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_SAID = (
     "os error 28",  # safetensors
@@ -23,8 +25,11 @@ _FULL_SAID = (
 )
 
 
-def check_new(out: str | Path, *, overwrite: bool = False) -> Path:
+def check_new(out: str | Path, *, overwrite: bool = False, reads: Iterable[object] = ()) -> Path:
     """`out` as a path with `~` expanded, when a folder may be made there; call it before hours of work.
+
+    `reads` are the models, text and files that the work is made from, those among them that are paths: `out` must hold
+    none of them.
 
     Raises:
         UsageError: `out` exists and `overwrite` is off, or it is something that must not be replaced.
@@ -41,10 +46,19 @@ def check_new(out: str | Path, *, overwrite: bool = False) -> Path:
         where = path.resolve()
         if where == Path.home() or where in (Path.cwd(), *Path.cwd().parents):
             raise UsageError(f"-o/--out: {path} is the home folder or the one you stand in, and is not overwritten")
-        if any(path.iterdir()) and not any((path / name).is_file() for name in _OURS):
+        for source in (Path(read).expanduser() for read in reads if isinstance(read, str | Path)):
+            if os.path.lexists(source) and where in (source.resolve(), *source.resolve().parents):
+                raise UsageError(f"-o/--out: {path} holds {source}, which this reads; choose another name")
+        if any(path.iterdir()) and not _is_ours(path):
             raise UsageError(
-                f"-o/--out: {path} holds no model ({' or '.join(_OURS)}), so --overwrite leaves it alone; "
-                "choose another name, or remove it yourself"
+                f"-o/--out: {path} holds no model that linearize made ({' or '.join(_OURS)}), so --overwrite leaves it "
+                "alone; choose another name, or remove it yourself"
+            )
+        others = [entry.name for entry in path.iterdir() if entry.is_dir() and entry.name not in _FOLDERS]
+        if others:
+            raise UsageError(
+                f"-o/--out: {path} holds folders that linearize did not make ({', '.join(sorted(others)[:3])}), so "
+                "--overwrite leaves it alone; move them away, or choose another name"
             )
     ancestor = _nearest(path)
     if not ancestor.is_dir():
@@ -52,6 +66,16 @@ def check_new(out: str | Path, *, overwrite: bool = False) -> Path:
     if not os.access(ancestor, os.W_OK | os.X_OK):
         raise UserError(f"-o/--out: no permission to write in {ancestor}; choose another folder")
     return path
+
+
+def _is_ours(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in _OURS[:2]):
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "linearize"
 
 
 @contextmanager

@@ -380,7 +380,7 @@ def _adapter_base(src: ModelSource, place: _Place) -> ModelSource | None:
         raise UserError(f"{path} names no base model (base_model_name_or_path); merge the adapter where it was made")
     if (Path(base) / path.name).is_file() and not (Path(base) / "config.json").is_file():
         raise UserError(f"{path}: its base model {base} is an adapter too; merge that one first")
-    return ModelSource(base, trust_remote_code=src.trust_remote_code)
+    return ModelSource(base)  # code that a person trusts is the adapter's, and not of whatever base it names
 
 
 def _merge_adapter(base: PreTrainedModel, place: _Place) -> PreTrainedModel:

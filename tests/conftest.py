@@ -20,6 +20,7 @@ from kernel_cases import poisoned  # noqa: F401
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -28,7 +29,13 @@ from transformers import (
 )
 
 MIXER_NAMES = ["linear", "retention", "gla", "mamba2", "gated_delta", "based"]
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma3": Gemma3TextConfig,
+}
 
 
 def tiny_config(family: str = "llama", **overrides):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import types
 from pathlib import Path
@@ -518,10 +517,12 @@ def test_no_picture_without_matplotlib(monkeypatch, tmp_path):
 
 def test_readme_tables_of_the_results(config_file, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import tables as readme
+    import tables_speed
+    import wording
 
     options = KernelOptions(tokens="16,32", heads=1, head_dim=16, ops="linear,window,softmax")
-    lines = readme.kernels_table(bench_kernels(options))
+    data = bench_kernels(options)
+    lines = tables_speed.kernels_table(data)
     assert lines[0] == "| | 16 | 32 | GiB at 32 |" and lines[1] == "|---|---|---|---|"
     assert [line.split("|")[1].strip() for line in lines[2:-2]] == [
         "HBM floor of `linear`",
@@ -532,7 +533,30 @@ def test_readme_tables_of_the_results(config_file, monkeypatch):
     ]
     assert all(line.count("|") == 5 for line in lines[:-2]) and "torch" in lines[-1]
     options = ModelOptions(config=str(config_file), to="gla", contexts="1,4096", batch="1", new_tokens=4, prefill=False)
-    lines = readme.model_table(bench_model(options=options))
-    assert lines[3].startswith("| 1 | 4 096 | - | ") and all(line.count("|") == 9 for line in lines[:-2])
-    assert re.search(r"Where the student is ahead: batch 1 (decoding|lost in the noise)", lines[-1])
-    assert readme.spaced(131072) == "131 072" and readme.figure(0.0211) == "0.021" and readme.figure(254.2) == "254"
+    data = bench_model(options=options)
+    lines = tables_speed.model_table(data)
+    assert lines[3].startswith("| 1 | 4 096 | ") and all(line.count("|") == 7 for line in lines[:-2])
+    data["rows"][0]["prefill_tokens_per_second"] = 4321.0
+    lines = tables_speed.model_table(data)
+    assert all(line.count("|") == 9 for line in lines[:-2]) and "| 4 321 |" in lines[2] and "| - |" in lines[3]
+    assert wording.spaced(131072) == "131 072" and wording.size(3 << 29) == "1.5 GiB"
+    assert wording.figure(0.0211) == "0.021" and wording.figure(254.2) == "254"
+
+
+def test_the_table_beside_peers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from tables_speed import beside_table
+
+    def row(op, provider, forward, both):
+        return {"op": op, "provider": provider, "tokens": 32768, "forward_ms": forward, "forward_backward_ms": both}
+
+    rows = [
+        row("softmax", "sdpa", 9.0, 30.0),
+        row("gla", "linearize", 1.0, 4.0),
+        row("gla", "one", 2.0, 9.0),
+        row("gla", "two", 3.0, 8.0),
+        row("gla", "none", 1.5, None),
+    ]
+    data = {"rows": rows, "hardware": "X", "dtype": "bfloat16", "batch": 1, "heads": 2, "head_dim": 4, "versions": {}}
+    lines = beside_table({**data, "rows": [entry | {"versions": {}} for entry in rows]})
+    assert lines[2] == "| `gla` | **1.00 / 4.00** | 1.50 / 8.00 (none / two) | 30.0 |"

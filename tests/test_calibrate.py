@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from conftest import MIXER_NAMES, relative_error, shake, tiny_teacher
+from families import teacher_of
 from test_data import letters
 
 from linearize.calibrate import CalibrateOptions, calibrate, measure, sequences
@@ -267,6 +268,56 @@ def test_what_calibration_refuses():
         convert(teacher, "linear", keep_softmax=[0, 1], calibrate_on=ids())
     with pytest.raises(UsageError, match="whole numbers"):
         sequences(torch.zeros(3, 4), None, count=1, length=4)
+
+
+def test_ids_of_another_vocabulary(tmp_path):
+    for rows, token in ((ids() + 100, r"\d+"), (ids() - 200, r"-\d+")):
+        for options in ({}, {"keep_softmax": "auto:1"}):
+            with pytest.raises(UsageError, match=f"--calibrate: .* token {token}, .* is 0 to 127; give"):
+                convert(tiny_teacher(), "linear", calibrate_on=rows, **options)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "zebras " * 400}) + "\n")
+    with pytest.raises(UserError, match="belongs to another model"):
+        convert(tiny_teacher(vocab_size=20), "linear", calibrate_on=str(tmp_path / "text.jsonl"), tokenizer=letters())
+
+
+def test_learned_positions_bound_what_is_measured():
+    teacher = teacher_of("gpt2")  # with 128
+    few = CalibrateOptions(sequences=3, length=128, passes=0)
+    convert(teacher, "linear", calibrate_on=ids(3, 140), calibrate_options=few)
+    with pytest.raises(UsageError, match=r"--calibrate-length 140 takes 140 positions, .* learned 128 .*at most 128$"):
+        convert(teacher, "linear", calibrate_on=ids(3, 140))
+    for method in ("gradient", "induction"):
+        options = {"keep_softmax": "auto:1", "calibrate_options": few, "keep_score": method}
+        assert convert(teacher, "linear", calibrate_on=ids(3, 64), **options).keep_scores.length == 64
+        with pytest.raises(UsageError, match=r"--keep-softmax auto:1, .*shown twice, takes 130 positions"):
+            convert(teacher, "linear", calibrate_on=ids(3, 65), **options)
+
+
+def test_a_folder_needs_its_tokenizer_for_text_alone(tmp_path):
+    tiny_teacher().save_pretrained(tmp_path)
+    assert torch.equal(convert(tmp_path, "linear")(ids()).logits, convert(tiny_teacher(), "linear")(ids()).logits)
+    few = CalibrateOptions(sequences=3, length=24, passes=0)
+    for keep in (None, "auto:1"):
+        assert convert(str(tmp_path), keep_softmax=keep, calibrate_on=ids(3, 24), calibrate_options=few).calibration
+    for options in ({"keep_softmax": "auto:1"}, {"calibrate_on": "no.jsonl"}):
+        with pytest.raises(UserError, match="has no tokenizer"):
+            convert(tmp_path, "linear", **options)
+
+
+def test_a_wrapped_model_is_told_how_to_be_unwrapped():
+    peft, teacher = pytest.importorskip("peft"), tiny_teacher()
+    with_adapter = peft.get_peft_model(tiny_teacher(), peft.LoraConfig(target_modules=["q_proj"]))
+    for wrapped, advice in (
+        (with_adapter, r"PeftModel .*merge its adapter first: model\.merge_and_unload\(\)"),
+        (torch.compile(teacher), r"OptimizedModule .*model\._orig_mod"),
+        (torch.compile(with_adapter), r"OptimizedModule .*model\._orig_mod"),
+        (torch.nn.DataParallel(teacher), r"DataParallel .*model\.module"),
+        (teacher.config, "LlamaConfig .*a loaded transformers model, a Hub id or a folder"),
+        (None, "NoneType .*a Hub id or a folder"),
+    ):
+        with pytest.raises(UsageError, match=advice):
+            convert(wrapped, "linear")
+    assert convert(with_adapter.merge_and_unload(), "linear").mixer_layers()
 
 
 def test_convert_writes_what_it_measured(tmp_path, monkeypatch):

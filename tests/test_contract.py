@@ -468,3 +468,25 @@ def test_the_registry_rejects_clashes():
             pass
 
     assert sorted(MIXERS) == sorted(MIXER_NAMES)
+
+
+def test_pads_between_tokens_are_refused(mixer_name):
+    student = shake(convert(tiny_teacher(), mixer_name, window=4))
+    ids, mask = torch.randint(3, 128, (2, 8)), torch.ones(2, 8, dtype=torch.long)
+    mask[1, 3:5] = 0
+    for use_cache in (None, False):
+        with pytest.raises(ValueError, match="pads between a row's tokens"):
+            student(ids, attention_mask=mask, use_cache=use_cache)
+    mask[1, :5] = 0
+    student(ids, attention_mask=mask, use_cache=False)
+
+
+def test_packed_documents_in_a_plain_call(mixer_name):
+    """As the teacher: who asks for no cache is given none."""
+    student = shake(convert(tiny_teacher(), mixer_name, window=4))
+    ids, positions = torch.randint(3, 128, (1, 9)), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    plain = student(ids, position_ids=positions)
+    assert plain.past_key_values is None
+    assert torch.equal(plain.logits, student(ids, position_ids=positions, use_cache=False).logits)
+    assert torch.equal(plain.logits, student(ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits)
+    assert student(ids).past_key_values is not None

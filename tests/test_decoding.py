@@ -241,6 +241,18 @@ def test_static_with_softmax_kept(keep, family):
         assert torch.equal(compiled(student, ids, attention_mask=PADDED), plain)
 
 
+@pytest.mark.parametrize(("family", "keep"), [("mistral", "0"), ("gemma3", "0,2")])
+def test_a_prompt_in_pieces_past_a_static_window(family, keep):
+    """The mask of a sliding layer that is full has no column for each place."""
+    student = student_of("gla", keep=keep, family=family, layers=3)
+    ids = prompt(2, 30)
+    for mask in (torch.ones_like(ids), torch.cat([PADDED, torch.ones(2, 24, dtype=torch.long)], dim=1)):
+        options = {"attention_mask": mask, "disable_compile": True, **GREEDY}
+        plain = student.generate(ids, **options)
+        static = student.generate(ids, cache_implementation="static", prefill_chunk_size=16, **options)
+        assert torch.equal(static, plain)
+
+
 @pytest.mark.parametrize("mixer", [*MIXER_NAMES, "kept"])
 def test_training_compiles_whole(mixer):
     student = student_of("gla", keep="heads:0.1") if mixer == "kept" else student_of(mixer, layers=1)

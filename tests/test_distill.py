@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import shake, tiny_teacher
+from families import teacher_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
@@ -766,3 +767,14 @@ def test_compiled_gradients(teacher, mixer):
         assert (ours is None) == (theirs is None)
         if ours is not None:
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_sequences_end_with_the_learned_positions():
+    teacher = teacher_of("gpt2")
+    room = teacher.config.max_position_embeddings
+    ids = torch.randint(3, 128, (room + 1,))
+    data = [{"input_ids": ids, "labels": ids}] * 2
+    student = convert(teacher, "linear", window=8)
+    for stage in ("transfer", "logits"):
+        with pytest.raises(UsageError, match=f"--max-length {room + 1} takes .* learned {room} .*give at most {room}$"):
+            distill(student, teacher, data, stage=stage, batch_size=2, device="cpu")

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_teacher
+from families import config_of
 from test_data import CHATML, END, letters
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from linearize.errors import UsageError, UserError
-from linearize.evaluate import evaluate, format_results, generate_text, scoring
+from linearize.evaluate import evaluate, format_results, generate_text, generation, scoring
 from linearize.evaluate.scoring import Scorer
 
 TEXT = [{"text": f"the {i} cats sat on {i * 7} mats. why? " * 6} for i in range(20)]
@@ -179,6 +181,44 @@ def test_refusals(options, kind, message):
         evaluate(tiny_teacher(), **{"tokenizer": letters(), "dataset": TEXT, **SMALL, **options})
 
 
+def learned(name: str, positions: int) -> nn.Module:
+    """A model that has learned so many positions."""
+    config = config_of(name)
+    config.vocab_size, config.max_position_embeddings = 48, positions
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neo"])  # the last is not converted, and evaluated all the same
+def test_learned_positions_have_an_end(name):
+    given = {"tokenizer": letters(), "dataset": TEXT, **SMALL, "context": 96, "recall_length": 48}
+    model = learned(name, 96)
+    assert evaluate(model, model, **given, agreement_prompts=2)["kl"] == 0.0
+    assert evaluate(model, **{**given, "recall_length": 49, "recall_passages": 0})["context"] == 96
+    for options, message in (
+        ({"context": 97}, r"--context 97 takes 97 positions, and the model has learned 96 .*give at most 96$"),
+        ({"recall_length": 49}, r"--recall-length 49, shown twice, takes 98 positions.*give at most 48$"),
+    ):
+        for pair in ((model, None), (tiny_teacher(vocab_size=48), model)):
+            with pytest.raises(UsageError, match=message):
+                evaluate(*pair, **{**given, **options})
+    short = learned(name, 94)
+    with pytest.raises(UsageError, match="--agreement-prompts 2 takes 95 positions"):
+        evaluate(short, short, **{**given, "context": 94, "recall_length": 47}, agreement_prompts=2)
+
+
+def test_positions_of_a_student_are_its_teachers():
+    convert = pytest.importorskip("linearize.convert").convert
+    options = {"tokenizer": letters(), "dataset": TEXT, **SMALL}
+    for keep in (None, [0, 1]):
+        student = convert(learned("gpt2", 32), "linear", keep_softmax=keep)
+        assert evaluate(student, **options)["context"] == 32
+        with pytest.raises(UsageError, match="--context 33"):
+            evaluate(student, **{**options, "context": 33})
+    for name in ("llama", "bloom"):  # past what a config names, or where it names nothing, there are positions
+        assert evaluate(learned(name, 16), **options)["context"] == 32
+
+
 def test_a_foreign_tokenizer_and_broken_weights_are_said():
     with pytest.raises(UserError, match="belongs to another model"):
         evaluate(tiny_teacher(vocab_size=20), tokenizer=letters(), dataset=TEXT, **SMALL)
@@ -240,3 +280,15 @@ def test_prompts(monkeypatch):
         generate_text(model, letters(), "hi", max_new_tokens=0)
     with pytest.raises(UsageError, match="--temperature"):
         generate_text(model, letters(), "hi", temperature=-1)
+
+
+def test_text_ends_with_the_learned_positions(monkeypatch):
+    monkeypatch.setattr(generation, "end_tokens", lambda *args: None)
+    model, tokenizer, prompt = learned("gpt2", 32), letters(), "the cat"
+    model.generation_config.eos_token_id = None
+    room = 32 - len(tokenizer(prompt)["input_ids"]) + 1  # the last token is not read
+    generate_text(model, tokenizer, prompt, max_new_tokens=room)
+    with pytest.raises(UsageError, match=rf"--max-new-tokens {room + 1} .* learned 32 .*give at most {room}$"):
+        generate_text(model, tokenizer, prompt, max_new_tokens=room + 1)
+    with pytest.raises(UsageError, match=r"PROMPT takes 33 positions.*shorten it"):
+        generate_text(model, tokenizer, "a" * 33, max_new_tokens=1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import shake, tiny_teacher
 from test_data import CHATML, letters, write_lines
-from test_evaluate import SMALL, TEXT, other_teacher
+from test_evaluate import SMALL, TEXT, learned, other_teacher
 
 from linearize.convert import convert
 from linearize.errors import UsageError, UserError
@@ -168,3 +168,12 @@ def test_names_go_to_lm_eval(monkeypatch):
     ]
     with pytest.raises(UserError, match="nonsense is no local file, and lm-eval cannot run it either"):
         evaluate(student, None, tasks="nonsense", **options)
+
+
+@pytest.mark.parametrize("items", [CHOICES, QUESTIONS])
+def test_items_end_with_the_learned_positions(tmp_path, items):
+    long = {**items[0], "context": "a" * 120}
+    file = write_lines(tmp_path / "long.jsonl", [*items[:2], long])
+    options = {**SMALL, "context": 32, "recall_length": 16, "branches": False, "tasks": str(file)}
+    with pytest.raises(UsageError, match=r"longest item of --tasks takes 1\d\d positions.*learned 100 .*out of the"):
+        evaluate(learned("gpt2", 100), tokenizer=letters(), dataset=TEXT, **options)

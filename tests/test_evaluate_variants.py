@@ -7,12 +7,13 @@ import torch
 from conftest import shake, tiny_teacher
 from test_data import letters
 from test_evaluate import SMALL, TEXT, other_teacher
-from transformers import MptConfig, MptForCausalLM
+from transformers import AutoModelForCausalLM, MptConfig, MptForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from linearize.convert import convert
 from linearize.evaluate import evaluate
 from linearize.evaluate.variants import kept_softmax, window_alone
-from linearize.modeling.mixer import branch_off
+from linearize.modeling.mixer import Mixer, branch_off
 
 KEYS = ("kl", "perplexity", "recall")
 KEPT = {"keep_softmax": "heads:0.1,1.0,1.1,1.2,1.3", "window": 8, "sinks": 1}  # a head, and the whole second layer
@@ -86,3 +87,23 @@ def test_where_there_is_no_such_variant():
         measured(student, teacher, branches=["windows"])
     deeper = convert(tiny_teacher(num_hidden_layers=3), "linear", keep_softmax=[2], window=8)
     assert measured(deeper, teacher)["window_alone"] is None  # of another teacher
+
+
+def test_a_student_of_remote_code_is_switched_off_too(tmp_path):
+    """Its classes are others than the package's."""
+    teacher = tiny_teacher()
+    shake(convert(teacher, "linear", window=8)).save_pretrained(tmp_path)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs = get_class_from_dynamic_module("modeling_linearize.LinearizeForCausalLM", str(tmp_path)).from_pretrained(
+        tmp_path
+    )
+    assert type(theirs) is not type(ours) and not isinstance(theirs.mixer_layers()[0][1].mixer, Mixer)
+    results = [measured(student, teacher, sequences=2, recall_passages=2) for student in (ours, theirs)]
+    for name in ("linear_off", "window_off", "window_alone"):
+        assert results[0][name]["kl"] == results[1][name]["kl"] != results[0]["kl"]
+    assert results[0]["state_bytes"] == results[1]["state_bytes"] > 0
+
+
+def test_without_mixers_there_is_no_branch():
+    with pytest.raises(ValueError, match="no mixers"), branch_off(tiny_teacher(), "linear"):
+        pass

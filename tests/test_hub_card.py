@@ -7,6 +7,7 @@ import re
 
 import huggingface_hub.constants
 import pytest
+from families import config_of
 from hub_server import REPO, record_of
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file
@@ -14,8 +15,10 @@ from transformers import AutoModelForCausalLM
 
 import linearize
 from linearize.demo import teacher_folder
-from linearize.hub import front_matter
+from linearize.hub import facts, front_matter
 from linearize.hub.teacher import Teacher, inherited, teacher_of
+from linearize.surgery.anatomy import meta_model
+from linearize.surgery.student import student_config
 
 pytest_plugins = ["hub_server"]  # its fixtures
 
@@ -66,6 +69,16 @@ def test_card_of_a_hybrid(made):
     assert "query heads 5.2, 7.6 (layer.head), which see the last 128 keys: 2 of 32 key groups" in pushed.card
     assert "| sinks, first tokens always visible | 4 |" in pushed.card and "feature_map elu" in pushed.card
     assert ModelCard(pushed.card).data.tags == ["linearize", "linear-attention", "linear"]
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"), [("llama", 2), ("gpt2", 4), ("bloom", 4), ("falcon", 2), ("falcon+one", 1), ("falcon+each", 4)]
+)
+def test_key_groups_of_whole_layers(name, groups):
+    """They are those of a layer beside them: each family's config names them otherwise, or not at all."""
+    config = json.loads(student_config(meta_model(config_of(name)), "linear", keep_softmax=[1]).to_json_string())
+    kept = facts._kept(config, [1])
+    assert (kept.layers, kept.groups, kept.groups_in_all) == ([1], groups, 2 * groups)
 
 
 def test_card_names_a_teacher_on_the_hub(plain, monkeypatch, tmp_path):

@@ -229,6 +229,19 @@ def test_a_persons_card_is_kept(plain, hub):
     assert MARK in hub.holds()["README.md"].decode()
 
 
+def test_pictures_are_not_written_through_a_link(out, hub, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (out / "pictures").symlink_to(tmp_path / "elsewhere")
+    pushed = linearize.push(out, REPO)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert any(name.startswith("pictures/") for name in hub.holds()) and (out / "README.md").read_text() == pushed.card
+    [told] = [note for note in pushed.notes if "is a link" in note]
+    assert str(out / "pictures") in told
+    (out / "pictures").unlink()
+    assert not any("is a link" in note for note in linearize.push(out, REPO).notes)
+    assert any((out / "pictures").iterdir())
+
+
 def test_another_base_model_is_warned_of(plain, hub):
     record_of(plain, teacher={"model": "org/base"}, parent_hash=None)
     hub.repos["org/base"] = {"main": {"README.md": b"---\nlicense: mit\nlanguage: de\n---\n# Base\n"}}

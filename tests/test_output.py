@@ -98,7 +98,7 @@ def test_overwrite_replaces_only_when_whole(tmp_path):
     out = tmp_path / "student"
     out.mkdir()
     fill(out, "old")
-    (out / "stale").write_text("")
+    (out / "linearize.json").write_text("{}")
     with pytest.raises(RuntimeError), new_folder(out, overwrite=True):
         raise RuntimeError("half way")
     assert (out / "config.json").read_text() == "old"
@@ -125,8 +125,20 @@ def test_overwrite_spares_what_is_no_model(tmp_path, monkeypatch):
     (photos / "cat.jpg").write_text("cat")
     with pytest.raises(UsageError, match="holds no model"):
         check_new(photos, overwrite=True)
-    fill(photos, "{}")
+    (photos / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds no model"):
+        check_new(photos, overwrite=True)
+    (photos / "config.json").write_text('{"model_type": "linearize"}')
     assert check_new(photos, overwrite=True) == photos
+    fill(photos, "{}")
+    (photos / "linearize.json").write_text("{}")
+    assert check_new(photos, overwrite=True) == photos
+    (photos / "pictures").mkdir()
+    assert check_new(photos, overwrite=True) == photos
+    (photos / "album").mkdir()
+    with pytest.raises(UsageError, match=r"holds folders that linearize did not make \(album\)"):
+        check_new(photos, overwrite=True)
+    (photos / "album").rmdir()
     monkeypatch.chdir(photos)
     with pytest.raises(UsageError, match="you stand in"):
         check_new(photos, overwrite=True)
@@ -134,6 +146,16 @@ def test_overwrite_spares_what_is_no_model(tmp_path, monkeypatch):
         check_new(photos / "cat.jpg", overwrite=True)
     with pytest.raises(UsageError, match="is a file"):
         check_new(photos / "cat.jpg" / "out")
+
+
+@pytest.mark.parametrize("read", [".", "teacher", "../link", "text.jsonl"])
+def test_overwrite_spares_what_is_read(tmp_path, read):
+    out = tmp_path / "student"
+    (out / "teacher").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(out / "teacher")
+    (out / "text.jsonl").write_text("{}")
+    with pytest.raises(UsageError, match="which this reads"):
+        check_new(out, overwrite=True, reads=["owner/name", out / read])
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from linearize.convert import convert
 from linearize.distill.lora import attach_lora, lora_targets, merged, unloaded
+from linearize.errors import UserError
 from linearize.modeling import LinearizeForCausalLM
 
 pytestmark = [
@@ -259,3 +260,22 @@ def test_a_student_is_prepared_for_training_in_few_bits():
     model = get_peft_model(student, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_an_adapter_in_a_subfolder(tmp_path):
+    student = student_of("olmo2")
+    student.save_pretrained(tmp_path / "base")
+    student.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mixer"]))
+    student.save_pretrained(tmp_path / "rep")
+    expected = logits(trained(student))
+    student.save_pretrained(tmp_path / "rep" / "sub")
+    loaded = load(tmp_path / "base")
+    loaded.load_adapter(tmp_path / "rep", adapter_kwargs={"subfolder": "sub"})
+    assert torch.equal(logits(loaded), expected)
+
+
+def test_a_teacher_with_an_adapter_is_refused():
+    teacher = copy.deepcopy(teacher_of("llama"))
+    teacher.add_adapter(LoraConfig(r=2, target_modules=["gate_proj"]))
+    with pytest.raises(UserError, match="carries an adapter: merge it"):
+        convert(teacher, "linear")

@@ -16,6 +16,7 @@ from conftest import tiny_config, tiny_teacher
 from linearize.convert import convert, plan
 from linearize.convert.show import format_plan, size
 from linearize.errors import UsageError
+from linearize.evaluate.costs import costs
 from linearize.modeling import LinearizeForCausalLM
 from linearize.surgery.anatomy import read_anatomy
 from linearize.surgery.keep import kept_heads
@@ -279,3 +280,27 @@ def test_sizes_are_readable():
         "3.0 GiB",
         "5120.0 GiB",
     ]
+
+
+@pytest.mark.parametrize(("keep", "grows", "share"), [("0,2", 1, 1.0), ("0", 0, 0.0), (None, 0, 0.0)])
+def test_layers_with_a_window_of_their_own_do_not_grow(keep, grows, share):
+    """Two sliding layers around one that sees everything, as in Gemma 3: what a cache really holds."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    teacher = tiny_teacher("gemma3", num_hidden_layers=3, layer_types=kinds, sliding_window=6)
+    student = convert(teacher, "gla", window=4, keep_softmax=keep)
+    anatomies = read_anatomy(teacher)
+    token = 2 * anatomies[0].num_kv_heads * anatomies[0].head_dim * 4
+    made = plan(teacher, "gla", window=4, keep_softmax=keep)
+    assert made.kv_bytes_per_token_teacher == token and made.kv_bytes_per_token == grows * token
+    assert made.state_bytes_per_sequence_teacher == 2 * 6 * token
+    mixers = sum(attention.state_bytes(4) for _, attention in student.mixer_layers())
+    assert made.state_bytes_per_sequence == mixers + (6 * token if keep else 0)
+    found = costs(student)
+    assert found.kv_share == share and found.state_bytes == made.state_bytes_per_sequence
+
+    def held(tokens: int) -> int:
+        with torch.no_grad():
+            layers = teacher(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values.layers
+        return sum(layer.keys.numel() + layer.values.numel() for layer in layers) * 4
+
+    assert held(21) - held(20) == token

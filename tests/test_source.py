@@ -162,6 +162,29 @@ def test_pickles_are_refused(folder):
     assert "pickles" in fails(load_model, folder)
 
 
+def renamed(folder: Path, name: object, inside: str | None = None) -> None:
+    """Has config.json name the weights' file."""
+    config = json.loads((folder / "config.json").read_text())
+    (config if inside is None else config[inside])["transformers_weights"] = name
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_weights_of_another_name_are_refused(folder, tmp_path):
+    """transformers would load that file; the ones whose headers are looked at would be others."""
+    renamed(folder, "model.safetensors")
+    assert load_model(folder).dtype == torch.float32
+    for name in ("own.safetensors", "../own.safetensors", 5):
+        renamed(folder, name)
+        found = fails(load_model, folder)
+        assert "transformers_weights" in found and repr(str(name)) in found and "take that key out" in found
+    (folder / "model.safetensors").rename(folder / "own.safetensors")
+    assert "transformers_weights" in fails(load_model, folder)
+    student = tmp_path / "student"  # as conversions once wrote it
+    pytest.importorskip("linearize.convert").convert(tiny_teacher(), "linear").save_pretrained(student)
+    renamed(student, "own.safetensors", inside="parent_config")
+    assert "transformers_weights" in fails(load_student, student)
+
+
 def test_missing_tensors_are_no_surprise_start(folder):
     config = json.loads((folder / "config.json").read_text())
     config["num_hidden_layers"] = 3

@@ -17,7 +17,7 @@ from families import teacher_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_cli import byte_tokenizer, teacher_at
-from test_source import corrupt, fails, with_header
+from test_source import corrupt, fails, renamed, with_header
 
 from linearize import source, stored
 from linearize.convert import convert_folder, stream
@@ -131,6 +131,17 @@ def test_other_numbers_and_a_single_file(tmp_path):
     save_file(held, teacher / "model.safetensors", metadata={"format": "pt"})
     found = fails(streams, teacher, tmp_path / "out")
     assert "ties lm_head.weight to model.embed_tokens.weight" in found and "tie_word_embeddings" in found
+
+
+@pytest.mark.parametrize("make", [streams, in_memory])
+def test_the_teachers_files_name_is_not_the_students(make, damaged, tmp_path):
+    renamed(damaged, INDEX)
+    out = make(damaged, tmp_path / "out", max_shard_size="5GB")
+    assert "transformers_weights" not in (out / "config.json").read_text() and not (out / INDEX).exists()
+    source.load_student(out)
+    renamed(damaged, "own.safetensors")
+    found = fails(make, damaged, tmp_path / "other")
+    assert "transformers_weights" in found and not (tmp_path / "other").exists()
 
 
 def test_reads_no_more_than_the_proof_needs(teacher, tmp_path, monkeypatch):

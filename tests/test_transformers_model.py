@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from linearize.convert import convert
+from linearize.errors import UserError
 from linearize.modeling import LinearizeForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning")  # by another name
@@ -305,3 +306,10 @@ def test_families_are_citizens(name, tmp_path):
     assert torch.equal(logits(loaded), logits(student)) and logits(loaded).shape[-1] == 140
     shared = [m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in (teacher, student, loaded)]
     assert len(set(shared)) == 1
+
+
+def test_an_offloaded_teacher_is_refused():
+    teacher = tiny_teacher()
+    accelerate.cpu_offload(teacher, torch.device("cpu"))
+    with pytest.raises(UserError, match="offloaded: load it whole"):
+        convert(teacher, "linear")

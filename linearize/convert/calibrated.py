@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibrate import PASSAGE, CalibrateOptions, calibrate, measure, passages_on, sequences
 from ..errors import UsageError
 from ..modeling import LinearizeForCausalLM
 from ..quantised import dense
+from ..room import check_room, room_of
+from ..source import ModelSource, load_model, load_tokenizer
 from ..surgery.anatomy import read_anatomy
 from ..surgery.keep import as_many, parse_auto
 from ..surgery.student import DEFAULT_SINKS, DEFAULT_WINDOW, calibrated_options, student_config
-from ..surgery.swap import swap
+from ..surgery.swap import check_whole, swap
 
 
 def convert(
@@ -50,7 +52,7 @@ def convert(
         calibrate_on: a DATASET, or rows of token ids [N, T]: the mixers start from what the teacher's attention does
             there, and the student has the report as `.calibration`. Scores are measured there too, or without it on the
             embedded text.
-        tokenizer: of a loaded model, where text is to be read.
+        tokenizer: of a loaded model, where text is to be read; a Hub id or a folder has its own.
         share_memory: let the student hold the teacher's own tensors. It halves the memory, and training the student
             then changes the teacher.
         seed: for the few starts that are random, and the order of the text.
@@ -63,12 +65,12 @@ def convert(
             nothing was changed.
     """
     if not isinstance(model, PreTrainedModel):
-        from ..source import ModelSource, load_model, load_tokenizer
-
-        source = ModelSource(model=str(model))
-        tokenizer = tokenizer or load_tokenizer(source)
+        source = _source(model)
+        if tokenizer is None and _reads_text(keep_softmax, calibrate_on):
+            tokenizer = load_tokenizer(source)
         model, share_memory = dense(load_model(source), own=True), True
     else:
+        check_whole(model)
         model = dense(model)
     options = calibrate_options or CalibrateOptions(seed=seed)
     if calibrate_on is not None:
@@ -84,18 +86,21 @@ def convert(
     known = keep_softmax if wanted is None else as_many(wanted, anatomies)
     student_config(model, to, keep_softmax=known, **settings)  # refuses before it measures
 
-    def text(count: int, length: int) -> Tensor:
-        return sequences(calibrate_on, tokenizer, count=count, length=length, seed=options.seed, text_field=text_field)
+    reading: dict[str, Any] = {"seed": options.seed, "text_field": text_field, "vocab_size": model.config.vocab_size}
 
+    def text(count: int, length: int) -> Tensor:
+        return sequences(calibrate_on, tokenizer, count=count, length=length, **reading)
+
+    passages = None if wanted is None else text(passages_on(model.device), PASSAGE)
+    rows = None if calibrate_on is None else text(options.sequences, options.length)
+    _check_room(room_of(model), keep_softmax, passages, rows)
     scores = None
-    if wanted is not None:
-        passages = text(passages_on(model.device), PASSAGE)
+    if wanted is not None and passages is not None:
         near = window or DEFAULT_WINDOW
         scores = measure(
             model, passages, wanted, window=near, sinks=DEFAULT_SINKS if sinks is None else sinks, method=keep_score
         )
         keep_softmax = scores.keep_softmax
-    rows = None if calibrate_on is None else text(options.sequences, options.length)
     student = swap(model, to, keep_softmax=keep_softmax, share_memory=share_memory, seed=seed, **settings)
     student.keep_scores = scores
     student.calibration = None
@@ -104,3 +109,35 @@ def convert(
             raise UsageError("--calibrate: every layer stays softmax, so there is nothing to calibrate")
         student.calibration = calibrate(student, model, rows, options)
     return student
+
+
+def _source(model: Any) -> ModelSource:
+    """Where a model lies that is not loaded. Raises UsageError for one that is, and is wrapped."""
+    if isinstance(model, (str, Path)):
+        return ModelSource(str(model))
+    parts = dict(model.named_children()) if isinstance(model, nn.Module) else {}
+    if "_orig_mod" in parts:
+        advice = "pass what was compiled: model._orig_mod"
+    elif hasattr(model, "merge_and_unload"):
+        advice = "merge its adapter first: model.merge_and_unload()"
+    elif isinstance(parts.get("module"), PreTrainedModel):
+        advice = "pass what it wraps: model.module"
+    else:
+        advice = "give a loaded transformers model, a Hub id or a folder"
+    raise UsageError(f"{type(model).__name__} is no transformers model that can be converted; {advice}")
+
+
+def _reads_text(keep_softmax: str | Sequence[int] | None, calibrate_on: str | Tensor | None) -> bool:
+    if calibrate_on is None:
+        return isinstance(keep_softmax, str) and "auto" in keep_softmax
+    return not isinstance(calibrate_on, Tensor)
+
+
+def _check_room(room: int | None, keep: Any, passages: Tensor | None, rows: Tensor | None) -> None:
+    if room is None:
+        return
+    if passages is not None:
+        what = f"--keep-softmax {keep}, measured on passages shown twice,"
+        check_room(room, what, 2 * passages.shape[1], "name layers or heads")
+    if rows is not None:
+        check_room(room, f"--calibrate-length {rows.shape[1]}", rows.shape[1], f"give at most {room}")

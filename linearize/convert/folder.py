@@ -74,7 +74,8 @@ def convert_folder(
         UserError, UsageError: the model cannot be converted, an option is out of range, `out` exists, a full disk.
     """
     check_mixer(to)
-    path = check_new(out, overwrite=overwrite)
+    texts = () if calibrate_on is None else TextSource.parse(calibrate_on).files
+    path = check_new(out, overwrite=overwrite, reads=(source.model, *texts))
     if not _SIZE.fullmatch(max_shard_size):
         raise UsageError(f"--max-shard-size: {max_shard_size!r} is no size; give one such as 5GB or 500MB")
     chosen, place = parse_dtype(dtype), parse_device(device or "cpu")
@@ -82,7 +83,6 @@ def convert_folder(
     if isinstance(chosen, torch.dtype):
         config.dtype = chosen
     if calibrate_on is not None:
-        TextSource.parse(calibrate_on)  # a file that is not there is said before models are loaded
         options["mixer_options"] = calibrated_options(to, options.get("mixer_options"))
     planned = plan(config, to, **options)
     if dry_run:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling import LinearizeForCausalLM
 from ..surgery.anatomy import meta_model, read_anatomy
+from ..surgery.bytes import cache_bytes
 from ..surgery.keep import as_many, parse_auto
 from ..surgery.student import check_mixer, student_config
 from .estimates import convert_estimate, distill_estimate
@@ -47,6 +48,7 @@ class Plan:
     parameters: int
     new_parameters: int
     state_bytes_per_sequence: int
+    state_bytes_per_sequence_teacher: int  # of layers that have a window of their own
     kv_bytes_per_token: int
     kv_bytes_per_token_teacher: int
     convert: dict[str, Any]
@@ -112,14 +114,7 @@ def describe(student: LinearizeForCausalLM, teacher: PreTrainedModel, to: str) -
         if name.startswith(prefix + "."):
             owner = layers[int(name[len(prefix) + 1 :].split(".")[0])]
         owner.tensors.append(TensorPlan(name, list(tensor.shape), origin))
-    state = kv = kv_teacher = 0
-    swapped = dict(student.mixer_layers())
-    for index, anatomy in enumerate(anatomies):
-        attention = swapped.get(index)
-        heads = anatomy.num_kv_heads * anatomy.head_dim * 2 * element
-        kv_teacher += heads
-        kv += heads if attention is None else attention.kv_bytes_per_token(element)
-        state += 0 if attention is None else attention.state_bytes(element)
+    held = cache_bytes(anatomies, dict(student.mixer_layers()), element)
     modules = [teacher.get_submodule(anatomy.path) for anatomy in anatomies]
     largest = max(sum(tensor.numel() for tensor in module.parameters()) for module in modules)
     facts = {
@@ -136,9 +131,10 @@ def describe(student: LinearizeForCausalLM, teacher: PreTrainedModel, to: str) -
         layers=[outside, *layers],
         parameters=parameters,
         new_parameters=new_parameters,
-        state_bytes_per_sequence=state,
-        kv_bytes_per_token=kv,
-        kv_bytes_per_token_teacher=kv_teacher,
+        state_bytes_per_sequence=held.state,
+        state_bytes_per_sequence_teacher=held.state_teacher,
+        kv_bytes_per_token=held.kv,
+        kv_bytes_per_token_teacher=held.kv_teacher,
         convert=convert_estimate(parameters, new_parameters, largest, element),
         distill=distill_estimate(facts, getattr(config, "intermediate_size", None)),
     )

@@ -52,7 +52,8 @@ def format_plan(plan: Plan, *, tensors: bool = True) -> str:
         f"KV cache a token  {size(plan.kv_bytes_per_token)}, the teacher's {size(plan.kv_bytes_per_token_teacher)}",
     ]
     if plan.kv_bytes_per_token_teacher > plan.kv_bytes_per_token:
-        tokens = plan.state_bytes_per_sequence / (plan.kv_bytes_per_token_teacher - plan.kv_bytes_per_token)
+        more = max(plan.state_bytes_per_sequence - plan.state_bytes_per_sequence_teacher, 0)
+        tokens = more / (plan.kv_bytes_per_token_teacher - plan.kv_bytes_per_token)
         lines.append(f"smaller than the teacher's cache from {tokens:,.0f} tokens on")
     if plan.placeholder is not None:
         lines.append(f"{plan.placeholder}: measured at the conversion; below as many, evenly spread")

@@ -13,7 +13,7 @@ from ..device import chosen_device
 from ..errors import UsageError, UserError
 from ..output import check_new, new_folder
 from ..rows import TextSource
-from ..source import commit_of, folder_of
+from ..source import ModelSource, commit_of, folder_of
 from . import together
 from .feed import packed, split
 from .options import (
@@ -110,9 +110,8 @@ def distill(
         chosen[kind] = with_overrides(given[kind] or KINDS[kind](), overrides)
     for of in chosen.values():
         together.check_batch(of)
-    output = _checked(output, overwrite)
+    output = _checked(output, overwrite, dataset, student, teacher)
     place = _place(output, work_dir, resume, overwrite, recipe)
-    _check_spec(dataset)
     processes.start(chosen[kinds[0]].device)
     device = _loading_device(chosen[kinds[0]].device)
     student, tokenizer = _loaded_student(student, tokenizer, dtype, device)
@@ -184,9 +183,8 @@ def finetune(
     check_overrides(options, FinetuneOptions)
     chosen = with_overrides(finetune or FinetuneOptions(), options)
     together.check_batch(chosen)
-    output = _checked(output, overwrite)
+    output = _checked(output, overwrite, dataset, student)
     place = _place(output, work_dir, resume, overwrite, recipe)
-    _check_spec(dataset)
     processes.start(chosen.device)
     student, tokenizer = _loaded_student(student, tokenizer, dtype, _loading_device(chosen.device))
     before = folder_of(student, _HISTORY) if output is not None else None
@@ -247,15 +245,12 @@ def _two_texts(
     return [split(data(with_overrides(of, {"tokens": None})), share)[part] for part, of in enumerate((first, second))]
 
 
-def _checked(output: str | Path | None, overwrite: bool) -> Path | None:
-    """Hours of training must not end at a folder that was there all along."""
-    return None if output is None else check_new(output, overwrite=overwrite)
-
-
-def _check_spec(dataset: str | Dataset[Item]) -> None:
-    """A file that is not there is said before models are loaded."""
-    if isinstance(dataset, str):
-        TextSource.parse(dataset)
+def _checked(output: str | Path | None, overwrite: bool, dataset: str | Dataset[Item], *models: Any) -> Path | None:
+    """Hours of training must not end at a folder that was there all along, nor models be loaded for a file that is
+    not."""
+    files = TextSource.parse(dataset).files if isinstance(dataset, str) else ()
+    names = [m.model if isinstance(m, ModelSource) else getattr(m, "name_or_path", m) for m in models]
+    return None if output is None else check_new(output, overwrite=overwrite, reads=(*names, *files))
 
 
 def _loading_device(device: str | None) -> str:

@@ -18,6 +18,7 @@ from .. import processes
 from ..errors import UsageError, UserError
 from ..json_files import read_lines
 from ..provenance import hardware
+from ..room import check_room, room_of
 from . import together
 from .blocks import BlockTrainer
 from .compiling import compiled
@@ -69,6 +70,9 @@ def _train(
     together.check_batch(options)
     if options.compile and processes.sharded():
         raise UsageError("--compile goes without FSDP: leave it out, or start the processes with DDP")
+    length = dataset[0]["input_ids"].numel() if length_of(dataset) else 0
+    room = room_of(student, teacher)
+    check_room(room, f"--max-length {length}", length, f"give at most {room}")
     max_steps = steps_for(dataset, options)
     dataset = with_repeats(dataset, options)
     stage = place.recipe.name if place.recipe else trainer_class.title

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..room import check_room, room_of
 from .generation import end_tokens
 from .scoring import Scorer
 
@@ -18,6 +19,7 @@ def contained(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], batch_
     """Share of the items of which an answer is contained, whatever its case, in the 24 greedy tokens after the context
     and the question, put through the chat template where the tokenizer has one."""
     prompts = [_prompt(tokenizer, row) for row in rows]
+    _check_room(room_of(model), max(map(len, prompts)) + NEW_TOKENS - 1)
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     device = next(model.parameters()).device
     ends = end_tokens(model, tokenizer)
@@ -59,11 +61,17 @@ def _prompt(tokenizer: Any, row: dict[str, Any]) -> list[int]:
 
 
 def likeliest(
-    scorer: Scorer, tokenizer: Any, rows: Sequence[dict[str, Any]], batch_size: int, bar: Any
+    scorer: Scorer,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    batch_size: int,
+    bar: Any,
+    room: int | None = None,
 ) -> dict[str, Any]:
     """Share of the items whose right choice has the highest log-likelihood after the context, and, as `normalised`, the
     highest log-likelihood a character of the choice."""
     pairs = [_choice(tokenizer, row["context"], choice) for row in rows for choice in row["choices"]]
+    _check_room(room, max(len(tokens) for tokens, _ in pairs))
     order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]))
     logs = torch.zeros(len(pairs), dtype=torch.float64)
     for start in range(0, len(order), batch_size):
@@ -86,6 +94,10 @@ def likeliest(
         normalised += int((own / lengths).argmax()) == row["gold"]
         at += len(row["choices"])
     return {"score": right / len(rows), "normalised": normalised / len(rows)}
+
+
+def _check_room(room: int | None, tokens: int) -> None:
+    check_room(room, "the longest item of --tasks", tokens, "take it out of the file")
 
 
 def _choice(tokenizer: Any, context: str, choice: str) -> tuple[list[int], int]:

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..modeling import LinearizeConfig
 
 
 @dataclass(frozen=True)
 class Costs:
     """Bytes of one sequence: `kv_bytes_per_token` of unbounded softmax, the teacher's, the share of the one in the
-    other, and the constant `state_bytes` of mixers, windows, sinks and bounded kept heads. None where the family is not
-    known."""
+    other, and the constant `state_bytes` of mixers, windows, sinks, bounded kept heads and layers with a window of the
+    teacher's own. None where the family is not known."""
 
     kv_bytes_per_token: int | None
     kv_bytes_per_token_teacher: int | None
     kv_share: float | None
     state_bytes: int | None
+    state_bytes_teacher: int | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -29,24 +29,19 @@ class Costs:
 def costs(model: Any) -> Costs:
     """The bytes of a student, or of a model as it came (a share of 1 and no state), as `plan` counts them."""
     from ..surgery.anatomy import meta_model, read_anatomy
+    from ..surgery.bytes import cache_bytes
 
     config: Any = model.config
     swapped: dict[int, Any] = {}
     teacher = model
     try:
-        if isinstance(config, LinearizeConfig):
+        if hasattr(model, "mixer_layers"):  # of remote code it is no class of ours
             parent: Any = config.parent_config
             swapped = dict(model.mixer_layers())
             teacher = meta_model(type(parent).from_dict(parent.to_dict()))  # without the student's attention masks
         anatomies = read_anatomy(teacher)
     except (UserError, AttributeError):
-        return Costs(None, None, None, None)
+        return Costs(None, None, None, None, None)
     element = torch.finfo(model.dtype).bits // 8
-    kv = state = whole = 0
-    for index, anatomy in enumerate(anatomies):
-        heads = 2 * anatomy.num_kv_heads * anatomy.head_dim * element
-        attention = swapped.get(index)
-        whole += heads
-        kv += heads if attention is None else attention.kv_bytes_per_token(element)
-        state += 0 if attention is None else attention.state_bytes(element)
-    return Costs(kv, whole, kv / whole, state)
+    held = cache_bytes(anatomies, swapped, element)
+    return Costs(held.kv, held.kv_teacher, held.kv_share if swapped else 1.0, held.state, held.state_teacher)

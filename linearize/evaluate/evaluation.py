@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from ..data import read_tokens
 from ..errors import UsageError, UserError
-from .agreement import NEW_TOKENS, agreement, continuations, prompts_of
+from ..room import check_room, room_of
+from .agreement import NEW_TOKENS, PROMPT_TOKENS, agreement, continuations, prompts_of
 from .costs import costs
 from .positions import by_position
 from .report import Copies, figures, report
@@ -80,10 +81,12 @@ def evaluate(
     Raises:
         UserError: vocabularies that differ, too little text for one sequence, losses that are not finite, and
             what `data.load_rows` and `read_tasks` raise.
-        UsageError: a number out of range.
+        UsageError: a number out of range, or more tokens than a model has learned positions for.
     """
     _check(context, sequences, batch_size, recall_passages, recall_length, retrieval_items, agreement_prompts)
     _check_vocabularies(student, teacher)
+    prompts = 0 if teacher is None else agreement_prompts
+    _check_room(room_of(student, teacher), context, recall_passages, recall_length, prompts)
     lengths = parse_contexts(retrieval_contexts)
     wanted_tasks = read_tasks(tasks, task_items)
     started = time.monotonic()
@@ -169,6 +172,17 @@ def _check(context: int, sequences: int, batch_size: int, passages: int, length:
     ):
         if value < least:
             raise UsageError(f"{flag} must be at least {least}, got {value}")
+
+
+def _check_room(room: int | None, context: int, passages: int, length: int, prompts: int) -> None:
+    """What the model cannot read is said, not shortened: figures on other lengths are other figures."""
+    if room is None:
+        return
+    check_room(room, f"--context {context}", context, f"give at most {room}")
+    if passages:
+        check_room(room, f"--recall-length {length}, shown twice,", 2 * length, f"give at most {room // 2}")
+    if prompts:  # the last of the new tokens is not read
+        check_room(room, f"--agreement-prompts {prompts}", PROMPT_TOKENS + NEW_TOKENS - 1, "give 0")
 
 
 def _check_vocabularies(student: Any, teacher: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import TextStreamer
 
 from ..errors import UsageError, UserError, one_line
+from ..room import check_room, room_of
 
 
 @torch.no_grad()
@@ -30,7 +31,8 @@ def generate_text(
         stream: write the text here too, as it comes.
 
     Raises:
-        UsageError: a number out of range, or an empty prompt for a tokenizer that has no token to begin with.
+        UsageError: a number out of range, more tokens than the model has learned positions for, or an empty prompt for
+            a tokenizer that has no token to begin with.
         UserError: `chat` without a chat template.
     """
     if max_new_tokens < 1:
@@ -39,6 +41,7 @@ def generate_text(
         raise UsageError(f"--temperature must be zero or more, got {temperature}")
     device = next(model.parameters()).device
     ids = _prompt_ids(tokenizer, prompt, chat).to(device)
+    _check_room(room_of(model), ids.shape[1], max_new_tokens)
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
         options = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
@@ -62,6 +65,15 @@ def generate_text(
                 "generation_config.json, config.json or tokenizer may be damaged; LINEARIZE_DEBUG=1 shows where"
             ) from error
     return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def _check_room(room: int | None, prompt: int, new: int) -> None:
+    if room is None:
+        return
+    check_room(room, "PROMPT", prompt, "shorten it")
+    # The last of the new tokens is not read.
+    what = f"--max-new-tokens {new} after a PROMPT of {prompt}"
+    check_room(room, what, prompt + new - 1, f"give at most {room - prompt + 1}")
 
 
 class _Stream(TextStreamer):

@@ -101,7 +101,8 @@ def teacher_costs(results: Mapping[str, Result]) -> dict[str, Any]:
     for result in results.values():
         if result.get("kv_bytes_per_token_teacher") is not None:
             kv = result["kv_bytes_per_token_teacher"]
-            return {"kv_bytes_per_token": kv, "kv_share": 1.0, "state_bytes": 0, "context": result["context"]}
+            state = result.get("state_bytes_teacher") or 0
+            return {"kv_bytes_per_token": kv, "kv_share": 1.0, "state_bytes": state, "context": result["context"]}
     return {"kv_bytes_per_token": None, "kv_share": None, "state_bytes": None, "context": 0}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..room import room_of
 from .answers import contained, likeliest
 from .harness import run_harness
 from .scoring import Scorer
@@ -54,7 +55,7 @@ def _run(
         count = len(task.rows) if task.kind == ANSWERS else sum(len(row["choices"]) for row in task.rows)
         with tqdm(total=count, desc=f"{task.name}, {role}", disable=not progress) as bar:
             if task.kind == CHOICES:
-                return likeliest(scorers[role], tokenizer, task.rows, batch_size, bar)
+                return likeliest(scorers[role], tokenizer, task.rows, batch_size, bar, room_of(models[role]))
             return contained(models[role], tokenizer, task.rows, batch_size, bar)
 
     own = score(STUDENT)

@@ -137,7 +137,9 @@ def data_name(spec: Any) -> str | None:
 
 def _kept(config: Mapping[str, Any], whole: Sequence[int]) -> Kept:
     parent = config["parent_config"]
-    usual = parent.get("num_key_value_heads") or parent.get("num_attention_heads") or 0
+    # A layer that stays whole has no anatomy, and each family names its key groups otherwise.
+    read = next((layer["anatomy"]["num_kv_heads"] for layer in config["layers"] if layer.get("anatomy")), None)
+    usual = read or parent.get("num_key_value_heads") or parent.get("num_attention_heads") or 0
     heads: dict[int, list[int]] = {}
     windows: set[int | None] = set()
     groups = total = 0

@@ -322,8 +322,12 @@ class _Push:
         text, whose = self.text()
         if whose != GENERATED:
             return
+        pictures = self.drawn
+        if pictures and (self.folder / PICTURES).is_symlink():
+            self.note(f"{self.folder / PICTURES} is a link: the pictures are pushed, and not written through it")
+            pictures = {}
         try:
-            for name, what in {CARD: text.encode(), **self.drawn}.items():
+            for name, what in {CARD: text.encode(), **pictures}.items():
                 path = self.folder / name
                 path.parent.mkdir(exist_ok=True)
                 part = path.with_name(f".{path.name}.part-{os.getpid()}")

@@ -38,7 +38,8 @@ def refuse(condition: Tensor, message: str) -> None:
 def _real_tokens(attention_mask: Tensor | None, tokens: int, past: Tensor | int | None) -> Tensor | None:
     """[B, T] True where a token is no pad, from the 2D mask or from the 4D one that sdpa and eager layers get.
 
-    `past` is the tokens before these in a static cache, whose 4D masks have a column for each token it has room for.
+    `past` is the tokens before these in a static cache, whose 4D masks have a column for each token it has room for;
+    one with a sliding window that is full has these tokens last.
     """
     if attention_mask is None:
         return None
@@ -51,7 +52,9 @@ def _real_tokens(attention_mask: Tensor | None, tokens: int, past: Tensor | int 
     elif tokens == 1:
         return None  # `generate` alone decodes with such masks, and what it adds is never a pad
     else:
-        mask = attention_mask[:, 0].index_select(2, torch.arange(tokens, device=attention_mask.device) + past)
+        room = attention_mask.shape[-1] - tokens
+        before = torch.as_tensor(past, device=attention_mask.device).clamp(max=room)
+        mask = attention_mask[:, 0].index_select(2, torch.arange(tokens, device=attention_mask.device) + before)
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     return visible.any(1)  # a pad is seen by no query
 
@@ -125,6 +128,12 @@ def _starts(position_ids: Tensor | None) -> Tensor | None:
     if position_ids is None or position_ids.dim() != 2:
         return None
     return position_ids[:, 1:] != position_ids[:, :-1] + 1
+
+
+def restarts(position_ids: Tensor | None) -> bool:
+    """Whether positions show packed documents; compiled code cannot look."""
+    starts = None if torch.compiler.is_compiling() else _starts(position_ids)
+    return starts is not None and bool(starts.any())
 
 
 def _trace(

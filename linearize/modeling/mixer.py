@@ -225,7 +225,9 @@ class Mixer(nn.Module):
         shape = q.shape
         if packed:
             if cache is not None:
-                raise ValueError("packed documents (restarting position_ids) cannot be carried in a cache")
+                raise ValueError(
+                    "packed documents (restarting position_ids) cannot be carried in a cache: pass use_cache=False"
+                )
             q, k, v = (tensor.flatten(0, 1).unsqueeze(0) for tensor in (q, k, v))
             x = None if x is None else x.flatten(0, 1).unsqueeze(0)
         gates = self.gates(k, x)
@@ -376,11 +378,13 @@ def branch_off(model: nn.Module, branch: str) -> Iterator[None]:
     leaves the linear branch, which then sees no key nearer than the window was long.
 
     Raises:
-        ValueError: a mixer has no window, so nothing would be left of it, or nothing taken.
+        ValueError: a mixer has no window, so nothing would be left of it, or nothing taken; there is no mixer.
     """
     if branch not in ("linear", "window"):
         raise ValueError(f"a mixer's branches are 'linear' and 'window', not {branch!r}")
-    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    mixers = [module for module in model.modules() if hasattr(module, "linear_branch")]  # those of remote code, too
+    if not mixers:
+        raise ValueError("the model has no mixers: no branch can be off")
     if any(not mixer.window for mixer in mixers):
         raise ValueError("a mixer without a window has its linear branch alone: there is none to switch off")
     for mixer in mixers:

@@ -25,11 +25,13 @@ from .decoding import GraphedDecoding
 from .gated_delta import GatedDelta
 from .generation import StatefulGeneration
 from .gla import GLA
-from .layout import forget_layout, refuse
+from .layout import forget_layout, refuse, restarts
 from .linear import LinearAttention
 from .mamba2 import Mamba2
 from .retention import Retention
 
+# Of load_adapter's arguments, those that say where the adapter's files are.
+_DOWNLOAD = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 AUTO_MAP = {
     "AutoConfig": "configuration_linearize.LinearizeConfig",
     "AutoModelForCausalLM": "modeling_linearize.LinearizeForCausalLM",
@@ -163,8 +165,8 @@ class LinearizeForCausalLM(StatefulGeneration, GraphedDecoding, PreTrainedModel,
         such matrix, for the heads in it that stayed softmax either.
 
         Raises:
-            ValueError: a cache together with packed documents or pads on the right; a 4D mask; a static cache with
-                whole layers of softmax under ALiBi.
+            ValueError: a cache together with packed documents or pads on the right; pads between tokens; a 4D mask; a
+                static cache with whole layers of softmax under ALiBi.
         """
         if self._has_softmax_under_alibi() and _is_static(past_key_values):
             raise ValueError(
@@ -188,8 +190,15 @@ class LinearizeForCausalLM(StatefulGeneration, GraphedDecoding, PreTrainedModel,
                         (mask[:, :-1] & ~mask[:, 1:]).any(),
                         "attention_mask has pads on the right: pad on the left to use a cache",
                     )
-            elif position_ids is not None and not torch.compiler.is_compiling() and bool(mask.all()):
-                attention_mask = None  # transformers looks for packed documents only where there is no mask
+            else:
+                refuse(
+                    ((mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0] > 1).any(),
+                    "attention_mask has pads between a row's tokens: pad on one side",
+                )
+                if position_ids is not None and not torch.compiler.is_compiling() and bool(mask.all()):
+                    attention_mask = None  # transformers looks for packed documents only where there is no mask
+        if use_cache is None and past_key_values is None and attention_mask is None and restarts(position_ids):
+            use_cache = False  # nobody asked for one, and documents that are packed have none
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(self.config, name):
                 kwargs.setdefault(name, True)
@@ -240,10 +249,14 @@ class LinearizeForCausalLM(StatefulGeneration, GraphedDecoding, PreTrainedModel,
     ) -> Any:
         """As transformers'; then what the adapter saved whole (`modules_to_save`), which 5.17 leaves out."""
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
-        if peft_model_id is not None:
+        adapter: Any = self.peft_config[adapter_name or "default"]
+        if peft_model_id is not None and adapter.modules_to_save:
             from peft import load_peft_weights, set_peft_model_state_dict
 
-            weights = load_peft_weights(peft_model_id, device=str(self.device))
+            config = getattr(kwargs.get("load_config"), "download_kwargs", None) or {}
+            given = {**config, **(kwargs.get("adapter_kwargs") or {}), **kwargs}
+            where = {name: given[name] for name in _DOWNLOAD if given.get(name) is not None}
+            weights = load_peft_weights(peft_model_id, device=str(self.device), **where)
             own = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
             set_peft_model_state_dict(self, own, adapter_name or "default")
         return info

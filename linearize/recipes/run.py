@@ -104,10 +104,10 @@ def run_recipe(
     """
     source = ModelSource.of(model)
     chosen = load(recipe, settings, dataset=dataset, tokens=tokens, device=device)
-    out = check_new(output, overwrite=overwrite)
+    texts = [file for stage in chosen.stages for file in TextSource.parse(stage.dataset).files]
+    out = check_new(output, overwrite=overwrite, reads=(source.model, *texts))
     parse_dtype(dtype)
     for stage in chosen.stages:
-        TextSource.parse(stage.dataset)
         together.check_batch(stage.options)
     processes.start(device)
     run = _Run(chosen, source, out, dtype=dtype, device=chosen_device(device), say=say, command=command)

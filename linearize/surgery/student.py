@@ -88,6 +88,7 @@ def student_config(
     here = Path(parent.name_or_path) if parent.name_or_path else None
     if here is not None and here.exists():  # where it lay on this machine is no one else's business
         parent.name_or_path = here.resolve().name
+    vars(parent).pop("transformers_weights", None)  # the file of the teacher's weights: the student's lie elsewhere
     return LinearizeConfig(
         parent_config=parent, layers=layers, mixer_options=options, architectures=["LinearizeForCausalLM"]
     )

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..errors import UserError
 from ..modeling import LinearizeAttention, LinearizeForCausalLM
 from .anatomy import read_anatomy
 from .proof import Call, proven_calls
@@ -27,6 +28,7 @@ def swap(
 ) -> LinearizeForCausalLM:
     """The student of a loaded model, started from its weights alone; `options` of `student_config`, the others and the
     errors as in `convert`. Nothing is swapped before the teacher's attention is proven to be what it was read as."""
+    check_whole(model)
     config = student_config(model, to, **options)
     anatomies = read_anatomy(model)
     # Without weights there is nothing to run, and nothing to be wrong about.
@@ -48,6 +50,18 @@ def swap(
         parameter.requires_grad_(True)
     student.generation_config = copy.deepcopy(model.generation_config)
     return student.eval()
+
+
+def check_whole(model: PreTrainedModel) -> None:
+    """Raises UserError for a teacher whose weights are partly elsewhere, or that carries an adapter."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError("the model carries an adapter: merge it into the weights first, or delete it (delete_adapter)")
+    meta = {parameter.is_meta for parameter in model.parameters()}
+    if True in meta and (False in meta or any(hasattr(module, "_hf_hook") for module in model.modules())):
+        raise UserError(
+            "some of the model's weights are offloaded: load it whole, or give its folder, which is converted from "
+            "file to file in little memory"
+        )
 
 
 def fill_buffers(student: nn.Module, teacher: nn.Module) -> None:
