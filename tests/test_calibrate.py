@@ -317,6 +317,9 @@ def test_a_wrapped_model_is_told_how_to_be_unwrapped():
     ):
         with pytest.raises(UsageError, match=advice):
             convert(wrapped, "linear")
+        if wrapped is not teacher.config:
+            with pytest.raises(UsageError, match=advice):
+                plan(wrapped, "linear")
     assert convert(with_adapter.merge_and_unload(), "linear").mixer_layers()
 
 

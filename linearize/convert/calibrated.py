@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibrate import PASSAGE, CalibrateOptions, calibrate, measure, passages_on, sequences
@@ -14,11 +14,12 @@ from ..errors import UsageError
 from ..modeling import LinearizeForCausalLM
 from ..quantised import dense
 from ..room import check_room, room_of
-from ..source import ModelSource, load_model, load_tokenizer
+from ..source import load_model, load_tokenizer
 from ..surgery.anatomy import read_anatomy
 from ..surgery.keep import as_many, parse_auto
 from ..surgery.student import DEFAULT_SINKS, DEFAULT_WINDOW, calibrated_options, student_config
 from ..surgery.swap import check_whole, swap
+from .given import source_of
 
 
 def convert(
@@ -65,7 +66,7 @@ def convert(
             nothing was changed.
     """
     if not isinstance(model, PreTrainedModel):
-        source = _source(model)
+        source = source_of(model)
         if tokenizer is None and _reads_text(keep_softmax, calibrate_on):
             tokenizer = load_tokenizer(source)
         model, share_memory = dense(load_model(source), own=True), True
@@ -109,22 +110,6 @@ def convert(
             raise UsageError("--calibrate: every layer stays softmax, so there is nothing to calibrate")
         student.calibration = calibrate(student, model, rows, options)
     return student
-
-
-def _source(model: Any) -> ModelSource:
-    """Where a model lies that is not loaded. Raises UsageError for one that is, and is wrapped."""
-    if isinstance(model, (str, Path)):
-        return ModelSource(str(model))
-    parts = dict(model.named_children()) if isinstance(model, nn.Module) else {}
-    if "_orig_mod" in parts:
-        advice = "pass what was compiled: model._orig_mod"
-    elif hasattr(model, "merge_and_unload"):
-        advice = "merge its adapter first: model.merge_and_unload()"
-    elif isinstance(parts.get("module"), PreTrainedModel):
-        advice = "pass what it wraps: model.module"
-    else:
-        advice = "give a loaded transformers model, a Hub id or a folder"
-    raise UsageError(f"{type(model).__name__} is no transformers model that can be converted; {advice}")
 
 
 def _reads_text(keep_softmax: str | Sequence[int] | None, calibrate_on: str | Tensor | None) -> bool:

@@ -10,11 +10,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling import LinearizeForCausalLM
+from ..source import load_config
 from ..surgery.anatomy import meta_model, read_anatomy
 from ..surgery.bytes import cache_bytes
 from ..surgery.keep import as_many, parse_auto
 from ..surgery.student import check_mixer, student_config
 from .estimates import convert_estimate, distill_estimate
+from .given import source_of
 
 
 @dataclass
@@ -70,10 +72,8 @@ def plan(model: PreTrainedConfig | PreTrainedModel | str | Path, to: str = "base
         UserError, UsageError: as in `convert`.
     """
     check_mixer(to)
-    if isinstance(model, (str, Path)):
-        from ..source import ModelSource, load_config
-
-        model = load_config(ModelSource(model=str(model)))
+    if not isinstance(model, (PreTrainedModel, PreTrainedConfig)):
+        model = load_config(source_of(model))
     teacher = model if isinstance(model, PreTrainedModel) else meta_model(model)
     anatomies = read_anatomy(teacher)
     asked = options.get("keep_softmax")
