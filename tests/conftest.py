@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -11,6 +14,11 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+# Before anything imports transformers, which reads it once: remote code is a package of one place for a whole process,
+# and that is none of a person's own.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 # Before anything imports Triton: without a GPU the kernels run in its interpreter.
 if not torch.cuda.is_available():

@@ -170,8 +170,7 @@ def with_code(folder: Path, mark: Path) -> Path:
         "bench model {student} --teacher {own} --contexts 1 --device cpu",
     ],
 )
-def test_code_of_a_repository_runs_when_asked_for_alone(place, tmp_path, mark, command, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_code_of_a_repository_runs_when_asked_for_alone(place, tmp_path, mark, command):  # noqa: F811
     own = with_code(Path(shutil.copytree(place["teacher"], tmp_path / "own")), mark)
     names = {"own": str(own), "out": str(tmp_path / "out")}
     names |= {name: place[name] for name in ("student", "text.jsonl")}
@@ -182,8 +181,7 @@ def test_code_of_a_repository_runs_when_asked_for_alone(place, tmp_path, mark, c
     assert not mark.exists() and not (tmp_path / "out").exists()
 
 
-def test_trust_remote_code_runs_it(place, tmp_path, mark, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_trust_remote_code_runs_it(place, tmp_path, mark):  # noqa: F811
     own = with_code(Path(shutil.copytree(place["teacher"], tmp_path / "own")), mark)
     run("plan", own, "--to", "gla", "--trust-remote-code")
     assert mark.exists()
