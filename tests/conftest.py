@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import tempfile
@@ -18,7 +17,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Before anything imports transformers, which reads it once: remote code is a package of one place for a whole process,
 # and that is none of a person's own.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 # Before anything imports Triton: without a GPU the kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -44,6 +42,10 @@ CONFIGS = {
     "qwen3": Qwen3Config,
     "gemma3": Gemma3TextConfig,
 }
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 def tiny_config(family: str = "llama", **overrides):

@@ -30,6 +30,7 @@ from linearize.bench.ops import Shape, backward_bytes, forward_bytes, make_input
 from linearize.bench.options import OPS, KernelOptions, ModelOptions
 from linearize.convert import convert
 from linearize.modeling import reference
+from linearize.modeling.cache import CACHE
 
 ROOT = Path(__file__).parents[1]
 ROW = {
@@ -387,11 +388,11 @@ def test_a_preallocated_cache_is_the_stock_one():
     ids = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))
     stock, ours = DynamicCache(config=teacher.config), DynamicCache(config=teacher.config)
     with torch.no_grad():
-        teacher(ids[:, :1], past_key_values=ours)
+        teacher(ids[:, :1], **{CACHE: ours})
         ours.layers = [PreallocatedLayer(layer, 0, 16) for layer in ours.layers]
         for piece in (ids[:, :7], ids[:, 7:8], ids[:, 8:]):
-            expected = teacher(piece, past_key_values=stock).logits
-            assert torch.equal(teacher(piece, past_key_values=ours).logits, expected)
+            expected = teacher(piece, **{CACHE: stock}).logits
+            assert torch.equal(teacher(piece, **{CACHE: ours}).logits, expected)
     assert ours.get_seq_length() == 12 and cache_bytes(ours, 12) == cache_bytes(stock, 12)
 
 
@@ -417,7 +418,7 @@ def test_decoding_goes_on_from_the_context(family, name):
         for _ in range(2):
             cache = fresh()
             assert cache.get_seq_length() == context - 1
-            out = built.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=5)
+            out = built.generate(ids, attention_mask=torch.ones_like(ids), **{CACHE: cache}, max_new_tokens=5)
             texts.append(out[:, context:])
             assert cache.get_seq_length() == context + 4
     hook.remove()
@@ -433,7 +434,7 @@ def test_a_short_context_is_read_whole(monkeypatch):
     with model._greedy(student):
         expected = student.generate(ids, max_new_tokens=6)
         mask = torch.ones_like(ids)
-        out = student.generate(ids, attention_mask=mask, past_key_values=filled(student, 1, 19, 6)(), max_new_tokens=6)
+        out = student.generate(ids, attention_mask=mask, **{CACHE: filled(student, 1, 19, 6)()}, max_new_tokens=6)
     assert torch.equal(out, expected)
 
 
@@ -451,7 +452,7 @@ def test_static_caches_stand_at_the_context(name, past):
             cache = fresh()
             assert int(cache.get_seq_length()) == past
             mask = torch.ones_like(ids)
-            texts.append(built.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=4))
+            texts.append(built.generate(ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=4))
             assert int(cache.get_seq_length()) == past + 4
     assert texts[0].shape == (2, past + 5) and torch.equal(*texts)
     state, kv = cache_bytes(fresh(), past)

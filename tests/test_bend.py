@@ -20,7 +20,7 @@ from linearize.distill.layer_pass import attention_pairs, transfer_pass
 from linearize.errors import UserError
 from linearize.modeling import AttentionAnatomy
 from linearize.modeling.bend import STRAIGHT, Bend
-from linearize.modeling.cache import MixerCacheLayer
+from linearize.modeling.cache import CACHE, MixerCacheLayer
 from linearize.modeling.kept import kept_softmax, kept_window
 from linearize.modeling.layout import Layout
 from linearize.modeling.window import attend
@@ -189,8 +189,8 @@ def test_pieces_steps_and_whole_agree(name, mixer, keep, options):
     for cuts in ([20, 25], [3, 1, 17, 24], [1] * 45):
         cache, logits = None, []
         for piece in ids.split(cuts, 1):
-            out = student(piece, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = student(piece, **{CACHE: cache}, use_cache=True)
+            cache = out[CACHE]
             logits.append(out.logits)
         assert relative_error(torch.cat(logits, 1), whole) < FAMILIES[name]
 
@@ -208,7 +208,7 @@ def test_left_padding_changes_nothing(name, mixer, keep, options):
     if positions:
         positions["position_ids"] = torch.tensor(lengths)[:, None] + torch.arange(4)
     grown = torch.cat([mask, torch.ones(3, 4, dtype=torch.long)], 1)
-    later = student(more, attention_mask=grown, past_key_values=together.past_key_values, **positions)
+    later = student(more, attention_mask=grown, **{CACHE: together[CACHE]}, **positions)
     for row, length in enumerate(lengths):
         alone = student(torch.cat([ids[row : row + 1, 30 - length :], more[row : row + 1]], 1)).logits
         both = torch.cat([together.logits[row : row + 1, 30 - length :], later.logits[row : row + 1]], 1)
@@ -246,7 +246,7 @@ def test_the_kernels_give_what_the_reference_gives(name, mixer, monkeypatch):
     for choice in ("triton", "reference"):
         monkeypatch.setenv("LINEARIZE_KERNELS", choice)
         cut = student(ids[:, :12], use_cache=True)
-        later = [student(piece, past_key_values=cut.past_key_values).logits for piece in ids[:, 12:].split(1, 1)]
+        later = [student(piece, **{CACHE: cut[CACHE]}).logits for piece in ids[:, 12:].split(1, 1)]
         found.append(torch.cat([cut.logits, *later], 1))
     assert relative_error(*found) < 1e-4
 

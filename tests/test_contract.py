@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from linearize.convert import convert
 from linearize.modeling import branch_off
+from linearize.modeling.cache import CACHE
 from linearize.modeling.kept import kept_window
 from linearize.modeling.layout import Layout
 
@@ -49,12 +50,12 @@ def test_pieces_steps_and_whole_agree(mixer_name, window, keep):
     for cuts in ([20, 25], [3, 1, 17, 24], [1] * 45):
         cache, start, logits = None, 0, []
         for length in cuts:
-            out = student(ids[:, start : start + length], past_key_values=cache, use_cache=True)
-            cache, start = out.past_key_values, start + length
+            out = student(ids[:, start : start + length], **{CACHE: cache}, use_cache=True)
+            cache, start = out[CACHE], start + length
             logits.append(out.logits)
         assert relative_error(torch.cat(logits, 1), whole.logits) < 1e-10
         assert cache.get_seq_length() == 45
-        for ours, theirs in zip(cache.layers, whole.past_key_values.layers, strict=True):
+        for ours, theirs in zip(cache.layers, whole[CACHE].layers, strict=True):
             for name, tensor in getattr(theirs, "tensors", {}).items():
                 torch.testing.assert_close(ours.tensors[name], tensor, rtol=1e-8, atol=1e-10)
 
@@ -77,7 +78,7 @@ def test_left_padding_and_batching_change_nothing(mixer_name, window, keep):
         more,
         attention_mask=grown,
         position_ids=torch.tensor(lengths).unsqueeze(1) + torch.arange(4),
-        past_key_values=together.past_key_values,
+        **{CACHE: together[CACHE]},
     )
     for row, length in enumerate(lengths):
         alone = student(torch.cat([ids[row : row + 1, 30 - length :], more[row : row + 1]], 1))
@@ -100,10 +101,10 @@ def test_left_padding_in_pieces(mixer_name):
                 ids[:, piece],
                 attention_mask=mask[:, : start + length],
                 position_ids=positions[:, piece],
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
             )
-            cache, start = out.past_key_values, start + length
+            cache, start = out[CACHE], start + length
             logits.append(out.logits)
         alone = student(ids[1:, 9:]).logits
         assert relative_error(torch.cat(logits, 1)[1:, 9:], alone) < 1e-10
@@ -285,10 +286,10 @@ def test_bounded_kept_heads_are_a_sliding_window(mixer_name):
     free = exact_norms(convert(bounded, mixer_name, window=8, keep_softmax=keep))
     out = second(ids, use_cache=True)
     assert relative_error(out.logits, first(ids).logits) < 1e-12 < relative_error(out.logits, free(ids).logits)
-    held = [layer.bytes() for layer in out.past_key_values.layers]
+    held = [layer.bytes() for layer in out[CACHE].layers]
     for _ in range(3):
-        out = second(ids[:, :5], past_key_values=out.past_key_values, use_cache=True)
-    assert [layer.bytes() for layer in out.past_key_values.layers] == held
+        out = second(ids[:, :5], **{CACHE: out[CACHE]}, use_cache=True)
+    assert [layer.bytes() for layer in out[CACHE].layers] == held
     attentions = [attention for _, attention in second.mixer_layers()]
     assert all(attention.kv_bytes_per_token() == 0 for attention in attentions)
     assert all(a.state_bytes() == a.mixer.state_bytes() + 8 + 12 * 2 * 2 * 16 for a in attentions)
@@ -304,8 +305,8 @@ def test_a_weighed_branch_keeps_the_contract(name, tmp_path):
     whole = student(ids, use_cache=True)
     cache, start, logits = None, 0, []
     for length in (3, 1, 17, *[1] * 24):
-        out = student(ids[:, start : start + length], past_key_values=cache, use_cache=True)
-        cache, start = out.past_key_values, start + length
+        out = student(ids[:, start : start + length], **{CACHE: cache}, use_cache=True)
+        cache, start = out[CACHE], start + length
         logits.append(out.logits)
     assert relative_error(torch.cat(logits, 1), whole.logits) < 1e-10
     pads = torch.cat([torch.full((2, 9), 7), ids], dim=1)
@@ -365,7 +366,7 @@ def test_a_branch_that_is_off_is_not_seen(mixer_name):
             out = student(ids[:, :20], use_cache=True)
             pieces = [out.logits]
             for t in range(20, ids.shape[1]):
-                pieces.append(student(ids[:, t : t + 1], past_key_values=out.past_key_values).logits)
+                pieces.append(student(ids[:, t : t + 1], **{CACHE: out[CACHE]}).logits)
             assert relative_error(torch.cat(pieces, 1), alone) < 1e-10
         assert not torch.equal(alone, whole)
         assert torch.equal(student(ids).logits, whole)
@@ -384,9 +385,9 @@ def test_state_heads_query_equals_repeated_keys(mixer_name):
     ids = tokens()
     whole = student(ids).logits
     out = student(ids[:, :20], use_cache=True)
-    rest = student(ids[:, 20:], past_key_values=out.past_key_values).logits
+    rest = student(ids[:, 20:], **{CACHE: out[CACHE]}).logits
     assert relative_error(torch.cat([out.logits, rest], 1), whole) < 1e-10
-    state = out.past_key_values.layers[0].tensors["kv"]
+    state = out[CACHE].layers[0].tensors["kv"]
     assert state.shape[1] == 4
 
 
@@ -396,7 +397,7 @@ def test_state_is_constant_in_length(mixer_name, window):
     student = student_of(mixer_name, window, dtype=torch.float32)
     sizes = []
     for length in (30, 60, 120):
-        cache = student(tokens(1, length), use_cache=True).past_key_values
+        cache = student(tokens(1, length), use_cache=True)[CACHE]
         sizes.append([layer.bytes() for layer in cache.layers])
     assert sizes[0] == sizes[1] == sizes[2]
     planned = sum(attention.mixer.state_bytes(element_size=4) for _, attention in student.mixer_layers())
@@ -426,7 +427,7 @@ def test_a_config_makes_the_model_again_and_switches_its_cache():
     whole = student_of("based", dtype=torch.float32)
     AutoModelForCausalLM.from_config(copy.deepcopy(whole.config))
     student.config.use_cache = False
-    assert student(tokens()).past_key_values is None
+    assert student(tokens()).get(CACHE) is None
     student.config.output_hidden_states = True
     assert len(student(tokens()).hidden_states) == 3
 
@@ -455,7 +456,7 @@ def test_right_padding_with_a_cache_is_refused():
     out = student(tokens(), attention_mask=mask)
     with pytest.raises(ValueError, match="pad on the left"):
         grown = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
-        student(tokens(2, 1), attention_mask=grown, past_key_values=out.past_key_values)
+        student(tokens(2, 1), attention_mask=grown, **{CACHE: out[CACHE]})
 
 
 def test_the_registry_rejects_clashes():
@@ -486,7 +487,7 @@ def test_packed_documents_in_a_plain_call(mixer_name):
     student = shake(convert(tiny_teacher(), mixer_name, window=4))
     ids, positions = torch.randint(3, 128, (1, 9)), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     plain = student(ids, position_ids=positions)
-    assert plain.past_key_values is None
+    assert plain.get(CACHE) is None
     assert torch.equal(plain.logits, student(ids, position_ids=positions, use_cache=False).logits)
     assert torch.equal(plain.logits, student(ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits)
-    assert student(ids).past_key_values is not None
+    assert student(ids).get(CACHE) is not None

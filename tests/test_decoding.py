@@ -13,6 +13,7 @@ from transformers import CompileConfig, StaticCache
 
 from linearize.convert import convert
 from linearize.modeling import decoding
+from linearize.modeling.cache import CACHE
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -58,7 +59,7 @@ def test_recorded_steps_give_the_same_tokens(mixer_name, window, recordings):
     assert torch.equal(recorded.sequences, plain.sequences)
     assert relative_error(torch.stack(recorded.logits, 1), torch.stack(plain.logits, 1)) < 1e-5
     assert len(recordings) == 2
-    for ours, theirs in zip(recorded.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    for ours, theirs in zip(recorded[CACHE].layers, plain[CACHE].layers, strict=True):
         assert ours.get_seq_length() == theirs.get_seq_length() == 19
         torch.testing.assert_close(ours.tensors, theirs.tensors)
 
@@ -79,7 +80,7 @@ def test_a_cache_goes_on_after_a_recording(recordings):
     student, ids = student_of("gla"), prompt()
     plain = student.generate(ids, disable_compile=True, **{**GREEDY, "max_new_tokens": 24})
     half = student.generate(ids, return_dict_in_generate=True, **{**GREEDY, "max_new_tokens": 12})
-    rest = student.generate(half.sequences, past_key_values=half.past_key_values, **{**GREEDY, "max_new_tokens": 12})
+    rest = student.generate(half.sequences, **{CACHE: half[CACHE]}, **{**GREEDY, "max_new_tokens": 12})
     assert torch.equal(rest, plain)
     assert len(recordings) == 2
 
@@ -131,10 +132,10 @@ def test_where_nothing_is_recorded(case, recordings, monkeypatch):
 def test_states_stay_where_they_are(mixer_name, window):
     """From the first piece on, no tensor of the cache is made anew."""
     student, ids = student_of(mixer_name, window), prompt(2, 30)
-    cache = student(ids[:, :3], use_cache=True).past_key_values
+    cache = student(ids[:, :3], use_cache=True)[CACHE]
     before = [dict(layer.tensors) for layer in cache.layers]
     for start, end in ((3, 4), (4, 5), (5, 17), (17, 18), (18, 30)):
-        student(ids[:, start:end], past_key_values=cache)
+        student(ids[:, start:end], **{CACHE: cache})
     for layer, tensors in zip(cache.layers, before, strict=True):
         assert layer.tensors.keys() == tensors.keys()
         assert all(layer.tensors[name] is tensor for name, tensor in tensors.items())
@@ -148,8 +149,8 @@ def test_modes_may_change_between_steps():
     with torch.inference_mode():
         out = student(ids[:, :8], use_cache=True)
     with torch.no_grad():
-        steps = [student(ids[:, t : t + 1], past_key_values=out.past_key_values).logits for t in (8, 9)]
-    steps += [student(ids[:, t : t + 1], past_key_values=out.past_key_values).logits for t in (10, 11)]
+        steps = [student(ids[:, t : t + 1], **{CACHE: out[CACHE]}).logits for t in (8, 9)]
+    steps += [student(ids[:, t : t + 1], **{CACHE: out[CACHE]}).logits for t in (10, 11)]
     steps[-1].sum().backward()
     assert relative_error(torch.cat(steps, 1), whole[:, 8:]) < 1e-5
 
@@ -190,9 +191,9 @@ def test_a_compiled_step_is_made_of_kernels(mixer, monkeypatch):
     """With the kernels, a swapped layer's step is two operators that write its state, and what fuses around them."""
     student, ids = student_of(mixer, layers=1), prompt(2, 12)
     cache = StaticCache(config=student.config.parent_config, max_cache_len=32)
-    student(ids[:, :8], past_key_values=cache)
+    student(ids[:, :8], **{CACHE: cache})
     states = [{name: t.clone() for name, t in layer.tensors.items()} for layer in cache.layers]
-    plain = [student(ids[:, t : t + 1], past_key_values=cache).logits for t in range(8, 12)]
+    plain = [student(ids[:, t : t + 1], **{CACHE: cache}).logits for t in range(8, 12)]
     for layer, tensors in zip(cache.layers, states, strict=True):
         for name, tensor in tensors.items():
             layer.tensors[name].copy_(tensor)
@@ -206,7 +207,7 @@ def test_a_compiled_step_is_made_of_kernels(mixer, monkeypatch):
     torch._dynamo.reset()
     step = torch.compile(student, backend=backend, fullgraph=True)
     for t, logits in zip(range(8, 10), plain, strict=False):
-        ours = step(ids[:, t : t + 1], position_ids=torch.full((2, 1), t), past_key_values=cache).logits
+        ours = step(ids[:, t : t + 1], position_ids=torch.full((2, 1), t), **{CACHE: cache}).logits
         assert relative_error(ours, logits) < 1e-5
     assert len(operators) == 2 and "window_step" in operators[0] and "linear_step" in operators[1], operators
 
@@ -219,8 +220,7 @@ def test_a_static_cache_holds_the_same_states(keep):
     for again in range(2):
         whole = student(ids).logits
         logits = [
-            student(ids[:, start:end], past_key_values=cache).logits
-            for start, end in ((0, 9), (9, 10), (10, 18), (18, 20))
+            student(ids[:, start:end], **{CACHE: cache}).logits for start, end in ((0, 9), (9, 10), (10, 18), (18, 20))
         ]
         assert relative_error(torch.cat(logits, 1), whole) < 1e-5
         assert int(cache.get_seq_length()) == 20
@@ -287,7 +287,7 @@ def test_a_cuda_graph_gives_the_same_tokens(mixer_name, window, device, monkeypa
         recorded = student.generate(ids[batch], **options)
         assert torch.equal(recorded.sequences, plain.sequences)
         assert relative_error(torch.stack(recorded.logits, 1), torch.stack(plain.logits, 1)) < 1e-5
-        for ours, theirs in zip(recorded.past_key_values.layers, plain.past_key_values.layers, strict=True):
+        for ours, theirs in zip(recorded[CACHE].layers, plain[CACHE].layers, strict=True):
             torch.testing.assert_close(ours.tensors, theirs.tensors)
     assert len(made) == 2
 
@@ -311,7 +311,7 @@ def test_the_gpu_follows_the_cpu(mixer_name, dtype, device):
         out = cast(ids[:, :20].cuda(), use_cache=True)
         logits = [out.logits]
         for t in range(20, 40):
-            logits.append(cast(ids[:, t : t + 1].cuda(), past_key_values=out.past_key_values).logits)
+            logits.append(cast(ids[:, t : t + 1].cuda(), **{CACHE: out[CACHE]}).logits)
     tolerance = 1e-3 if dtype == torch.float32 else 6e-2
     assert relative_error(torch.cat(logits, 1).cpu(), exact) < tolerance
 

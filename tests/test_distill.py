@@ -37,6 +37,7 @@ from linearize.distill.stages import wants_checkpoints
 from linearize.distill.tally import Tally
 from linearize.distill.trainer import StageTrainer
 from linearize.errors import UsageError, UserError
+from linearize.modeling.cache import CACHE
 
 LENGTH = 24
 
@@ -169,7 +170,7 @@ def naive_transfer_losses(student, teacher, inputs) -> list[torch.Tensor]:
     losses = []
     for layer, (attention, _) in pairs.items():
         args, kwargs, target = seen[layer]
-        output = attention(*args, **{**kwargs, "past_key_values": None})[0]
+        output = attention(*args, **{**kwargs, CACHE: None})[0]
         losses.append((output - target).square().sum() / target.square().sum())
     return losses
 

@@ -20,6 +20,7 @@ from linearize.distill.mixing import eager_attention, mixing_loss, mixing_matrix
 from linearize.distill.stepwise import active_layers, teacher_attention
 from linearize.distill.trainer import StageTrainer
 from linearize.errors import UsageError, UserError
+from linearize.modeling.cache import CACHE
 
 FIELDS = {"batch_size": 4, "max_length": LENGTH, "tokens": 4 * LENGTH * 12, "log_steps": 4, "device": "cpu"}
 
@@ -151,7 +152,7 @@ def test_the_mixing_matrix_is_what_the_mixer_does(mixer, window) -> None:
     kwargs = {
         "position_embeddings": student.model.rotary_emb(hidden, positions),
         "position_ids": positions,
-        "past_key_values": None,
+        CACHE: None,
     }
     seen = []
     handle = attention.mixer.register_forward_hook(
@@ -198,7 +199,7 @@ def test_the_mixing_target_is_the_teachers_attention(teacher) -> None:
     found = []
 
     def hook(module, args, kwargs, output):
-        matrix = mixing_matrix(student.model.layers[1].self_attn, args, {**kwargs, "past_key_values": None})
+        matrix = mixing_matrix(student.model.layers[1].self_attn, args, {**kwargs, CACHE: None})
         found.append(mixing_loss(matrix, output[1]).item())
 
     handle = teacher.model.layers[1].self_attn.register_forward_hook(hook, with_kwargs=True)

@@ -20,6 +20,7 @@ from linearize.distill.lora import attach_lora, lora_targets, merged
 from linearize.distill.losses import prove_head
 from linearize.errors import UserError
 from linearize.modeling import AttentionAnatomy, LinearizeConfig
+from linearize.modeling.cache import CACHE
 from linearize.modeling.projections import weight_and_bias
 from linearize.surgery.anatomy import meta_model, read_anatomy
 from linearize.surgery.families import FAMILIES
@@ -124,7 +125,7 @@ def test_generation_with_a_cache_and_without(name, mixer, tmp_path):
     )
     assert torch.equal(with_cache, without)
     whole, cut = loaded(ids).logits, loaded(ids[:, :5], use_cache=True)
-    rest = loaded(ids[:, 5:], past_key_values=cut.past_key_values).logits
+    rest = loaded(ids[:, 5:], **{CACHE: cut[CACHE]}).logits
     assert relative_error(torch.cat([cut.logits, rest], 1), whole) < 2e-5
 
 

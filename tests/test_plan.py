@@ -18,6 +18,7 @@ from linearize.convert.show import format_plan, size
 from linearize.errors import UsageError
 from linearize.evaluate.costs import costs
 from linearize.modeling import LinearizeForCausalLM
+from linearize.modeling.cache import CACHE
 from linearize.surgery.anatomy import read_anatomy
 from linearize.surgery.keep import kept_heads
 from linearize.surgery.student import mixer_option_names
@@ -171,8 +172,8 @@ def test_bytes_are_those_of_the_cache(mixer_name, keep, options):
     with torch.no_grad():
         for length in (40, 60):
             ids = torch.arange(length)[None] % 128
-            sizes[length] = cache_bytes(student(ids, use_cache=True).past_key_values)
-            theirs = cache_bytes(teacher(ids, use_cache=True).past_key_values)
+            sizes[length] = cache_bytes(student(ids, use_cache=True)[CACHE])
+            theirs = cache_bytes(teacher(ids, use_cache=True)[CACHE])
             assert theirs == length * made.kv_bytes_per_token_teacher
     assert sizes[60] - sizes[40] == 20 * made.kv_bytes_per_token
     state = sizes[40] - 40 * made.kv_bytes_per_token
@@ -300,7 +301,7 @@ def test_layers_with_a_window_of_their_own_do_not_grow(keep, grows, share):
 
     def held(tokens: int) -> int:
         with torch.no_grad():
-            layers = teacher(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values.layers
+            layers = teacher(torch.ones(1, tokens, dtype=torch.long), use_cache=True)[CACHE].layers
         return sum(layer.keys.numel() + layer.values.numel() for layer in layers) * 4
 
     assert held(21) - held(20) == token

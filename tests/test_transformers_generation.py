@@ -12,7 +12,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, QuantizedCache
 
 from linearize.convert import convert
-from linearize.modeling.cache import MixerCacheLayer
+from linearize.modeling.cache import CACHE, MixerCacheLayer
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "disable_compile": True}
 KEEPS = [None, "heads:0.1,1.2", "0"]
@@ -40,7 +40,7 @@ def student(request):
 
 def filled(student, ids, **options):
     with torch.no_grad():
-        return student(ids, use_cache=True, **options).past_key_values
+        return student(ids, use_cache=True, **options)[CACHE]
 
 
 # From embeddings, from a cache, in pieces ------------------------------------------------------------------------
@@ -67,13 +67,13 @@ def test_generation_goes_on_from_a_cache(student):
         mask = torch.cat([MASK, ones], 1)
         given = {"input_ids": half.sequences} if how == "ids" else {
             "inputs_embeds": student.get_input_embeddings()(half.sequences)}  # fmt: skip
-        rest = student.generate(**given, attention_mask=mask, past_key_values=half.past_key_values, **options)
+        rest = student.generate(**given, attention_mask=mask, **{CACHE: half[CACHE]}, **options)
         assert torch.equal(rest.sequences[:, -4:], plain[:, 16:])
     turn = torch.cat([rest.sequences if how == "ids" else plain, tokens(2, 5, seed=3)], 1)
     mask = torch.cat([MASK, torch.ones(2, turn.shape[1] - 12, dtype=torch.long)], 1)
     # The last token of an answer was given out, and not taken in.
-    assert rest.past_key_values.get_seq_length() == 19
-    out = student.generate(turn, attention_mask=mask, past_key_values=rest.past_key_values, **GREEDY)
+    assert rest[CACHE].get_seq_length() == 19
+    out = student.generate(turn, attention_mask=mask, **{CACHE: rest[CACHE]}, **GREEDY)
     assert torch.equal(out, student.generate(turn, attention_mask=mask, **GREEDY))
 
 
@@ -81,14 +81,14 @@ def test_a_prompt_in_the_cache_serves_several_texts(student):
     prefix = filled(student, IDS[:1])
     for seed in (2, 3):
         text = torch.cat([IDS[:1], tokens(1, 4, seed)], 1)
-        out = student.generate(text, past_key_values=copy.deepcopy(prefix), **GREEDY)
+        out = student.generate(text, **{CACHE: copy.deepcopy(prefix)}, **GREEDY)
         assert torch.equal(out, student.generate(text, **GREEDY))
     texts = torch.cat([IDS[:1].expand(3, -1), tokens(3, 4)], 1)
     prefix.batch_repeat_interleave(3)
     plain = student.generate(texts, **GREEDY)
-    assert torch.equal(student.generate(texts, past_key_values=copy.deepcopy(prefix), **GREEDY), plain)
+    assert torch.equal(student.generate(texts, **{CACHE: copy.deepcopy(prefix)}, **GREEDY), plain)
     prefix.batch_select_indices(torch.tensor([2, 0]))
-    assert torch.equal(student.generate(texts[[2, 0]], past_key_values=prefix, **GREEDY), plain[[2, 0]])
+    assert torch.equal(student.generate(texts[[2, 0]], **{CACHE: prefix}, **GREEDY), plain[[2, 0]])
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
@@ -156,11 +156,11 @@ def test_caches_that_are_given(student):
     plain = student.generate(IDS, attention_mask=MASK, **GREEDY)
     config = student.config
     for cache in (DynamicCache(), DynamicCache(config=config), StaticCache(config=config, max_cache_len=20)):
-        assert torch.equal(student.generate(IDS, attention_mask=MASK, past_key_values=cache, **GREEDY), plain)
+        assert torch.equal(student.generate(IDS, attention_mask=MASK, **{CACHE: cache}, **GREEDY), plain)
         assert int(cache.get_seq_length()) == 19
         if isinstance(cache, StaticCache):  # a stock dynamic layer kept its length until 5.23
             cache.reset()
-            assert torch.equal(student.generate(IDS, attention_mask=MASK, past_key_values=cache, **GREEDY), plain)
+            assert torch.equal(student.generate(IDS, attention_mask=MASK, **{CACHE: cache}, **GREEDY), plain)
 
 
 @pytest.mark.parametrize("keep", KEEPS)
@@ -168,7 +168,7 @@ def test_sliding_caches(keep):
     """Of a teacher with a window: layers that slide, past their window, which is stock for a layer that stays."""
     student = shake(convert(tiny_teacher("mistral", sliding_window=10), "gla", window=8, keep_softmax=keep))
     plain = student.generate(IDS, attention_mask=MASK, use_cache=False, **GREEDY)
-    for options in ({}, {"cache_implementation": "static"}, {"past_key_values": DynamicCache(config=student.config)}):
+    for options in ({}, {"cache_implementation": "static"}, {CACHE: DynamicCache(config=student.config)}):
         assert torch.equal(student.generate(IDS, attention_mask=MASK, **options, **GREEDY), plain)
 
 
@@ -187,7 +187,7 @@ def test_an_offloading_cache_fetches_keys_past_a_state():
     student = student_of()
     plain = student.generate(IDS, **GREEDY)
     assert torch.equal(student.generate(IDS, cache_implementation="offloaded", **GREEDY), plain)
-    student(IDS, past_key_values=(given := DynamicCache(offloading=True)))
+    student(IDS, **{CACHE: (given := DynamicCache(offloading=True))})
     assert all(layer.layers is given.layers for layer in given.layers)
 
 
@@ -233,8 +233,8 @@ def test_a_cache_that_would_have_to_go_back_is_refused(student):
     out = student.generate(IDS, return_dict_in_generate=True, **GREEDY)
     for again in (IDS, out.sequences[:, :19]):  # shorter than what it holds, or no longer
         with pytest.raises(ValueError, match=r"hold 19 tokens, .* Pass the tokens that follow too"):
-            student.generate(again, past_key_values=out.past_key_values, **GREEDY)
-    cache = out.past_key_values
+            student.generate(again, **{CACHE: out[CACHE]}, **GREEDY)
+    cache = out[CACHE]
     assert not cache.is_croppable
     cache.crop(0)
     assert cache.get_seq_length() == 19
@@ -245,26 +245,26 @@ def test_a_cache_that_would_have_to_go_back_is_refused(student):
 def test_caches_that_do_not_fit_are_refused(student):
     other = student_of("based" if student.config.layers[1]["mixer"] != "based" else "gla", window=0)
     with pytest.raises(RuntimeError, match="filled by a converted model"):
-        TEACHER(IDS[:, :1], past_key_values=filled(other, IDS))
+        TEACHER(IDS[:, :1], **{CACHE: filled(other, IDS)})
     with pytest.raises(ValueError, match="another model's keys; pass a fresh cache"):
-        student(IDS[:, :1], past_key_values=filled(TEACHER, IDS))
+        student(IDS[:, :1], **{CACHE: filled(TEACHER, IDS)})
     for rows in (1, 3):
         for new in (1, 4):
             with pytest.raises((ValueError, RuntimeError), match=rf"holds {rows} rows, and the input has 2|[Ss]izes"):
-                student(IDS[:, :new], past_key_values=filled(student, tokens(rows)))
+                student(IDS[:, :new], **{CACHE: filled(student, tokens(rows))})
 
 
 def test_a_quantized_cache_is_refused(student):
     cache = DynamicCache(config=student.config)
     cache.__class__ = type("Given", (QuantizedCache,), {})  # whose backends are packages of their own
     with pytest.raises(ValueError, match="pass a DynamicCache or a StaticCache"):
-        student.generate(IDS, past_key_values=cache, **GREEDY)
+        student.generate(IDS, **{CACHE: cache}, **GREEDY)
 
 
 def test_a_static_cache_that_is_too_short():
     student = student_of(keep="heads:0.1")
     with pytest.raises(ValueError, match="made for 8 tokens, and 12 came"):
-        student(IDS, past_key_values=StaticCache(config=student.config, max_cache_len=8))
+        student(IDS, **{CACHE: StaticCache(config=student.config, max_cache_len=8)})
 
 
 def test_where_every_layer_is_softmax_nothing_is_refused():
@@ -275,4 +275,4 @@ def test_where_every_layer_is_softmax_nothing_is_refused():
     assert torch.equal(TEACHER.generate(IDS[:1], assistant_model=student, **GREEDY), plain)
     cache = filled(student, plain)
     cache.crop(-4)
-    assert torch.equal(student.generate(plain[:, :-3], past_key_values=cache, **{**GREEDY, "max_new_tokens": 3}), plain)
+    assert torch.equal(student.generate(plain[:, :-3], **{CACHE: cache}, **{**GREEDY, "max_new_tokens": 3}), plain)

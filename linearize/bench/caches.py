@@ -16,7 +16,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..modeling import LinearizeForCausalLM
-from ..modeling.cache import MixerCacheLayer
+from ..modeling.cache import CACHE, MixerCacheLayer
 
 _KEPT = ("softmax_k", "softmax_v")  # how a mixer's cache names the keys and values of heads that stayed softmax
 _COUNTS = ("length", "softmax_length")  # and its counts of tokens
@@ -81,7 +81,7 @@ def filled(model: Any, batch: int, past: int, room: int, *, static: bool = False
         cache = StaticCache(config=model.config, max_cache_len=past + room)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (batch, max(short, 1)), device=model.device)
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     if static:
         return _static(cache, past)
     layers = [_stretched(layer, past, room) for layer in cache.layers]

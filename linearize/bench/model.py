@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ..convert import convert
 from ..errors import UsageError
+from ..modeling.cache import CACHE
 from ..source import ModelSource, load_config, load_model, load_student, parse_device, parse_dtype
 from ..surgery import student_config
 from ..surgery.anatomy import meta_model
@@ -244,7 +245,7 @@ def _decode(model: Any, ids: torch.Tensor, new_tokens: int, clock: Clock, *, sta
     mask = torch.ones_like(ids)
 
     def generate(cache: Any, count: int) -> None:
-        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=count)
+        model.generate(ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=count)
 
     def seconds(count: int) -> float:
         cache = fresh()

@@ -130,14 +130,16 @@ class LinearizeAttention(Projections):
         residual: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         position_ids: Tensor | None = None,
+        past_key_values: Any = None,
         layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """[B, T, hidden] to [B, T, hidden], and None where transformers' attention gives its weights.
 
-        `layer_past` is what some families call `past_key_values`; `residual` is added where the anatomy says so.
+        `past_key_values` and `layer_past` are what other releases and some families call `cache`; `residual` is added
+        where the anatomy says so.
 
         Packed documents are told by `position_ids` that restart, or by `cu_seq_lens_q` as transformers' flattening
         collator gives it.
@@ -147,24 +149,26 @@ class LinearizeAttention(Projections):
         """
         batch, tokens, _ = hidden_states.shape
         q, k, v = self.project(hidden_states, position_embeddings)
-        cache = mixer_cache_layer(layer_past if past_key_values is None else past_key_values, self.layer_idx)
-        if cache is not None and cache.batch_size not in (-1, batch):
+        for other in (past_key_values, layer_past):
+            cache = other if cache is None else cache
+        layer = mixer_cache_layer(cache, self.layer_idx)
+        if layer is not None and layer.batch_size not in (-1, batch):
             raise ValueError(
-                f"the cache holds {cache.batch_size} rows, and the input has {batch}: repeat or pick its rows by "
+                f"the cache holds {layer.batch_size} rows, and the input has {batch}: repeat or pick its rows by "
                 "batch_repeat_interleave or batch_select_indices"
             )
         if (bounds := kwargs.get("cu_seq_lens_q")) is not None and batch == 1:
             layout = Layout(cu_seqlens=bounds.long())
         else:
-            past = cache.places_before(tokens) if cache is not None and cache.is_static else None
+            past = layer.places_before(tokens) if layer is not None and layer.is_static else None
             layout = read_layout(attention_mask, position_ids, batch, tokens, past)
         bend = self.bend(q.device)
         if not self.is_hybrid:
-            out = self.mixer(q, k, v, hidden_states, layout=layout, cache=cache, bend=bend)
+            out = self.mixer(q, k, v, hidden_states, layout=layout, cache=layer, bend=bend)
         else:
-            out = self._partition(q, k, v, hidden_states, layout, cache, bend)
-        if cache is not None:
-            cache.advance(tokens, q.device)
+            out = self._partition(q, k, v, hidden_states, layout, layer, bend)
+        if layer is not None:
+            layer.advance(tokens, q.device)
         out = self.put_out(out)
         return (out if residual is None or not self.anatomy.adds_residual else out + residual), None
 

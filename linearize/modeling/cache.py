@@ -10,14 +10,19 @@ in its document is j modulo W, however it came there.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin, QuantizedCache, StaticLayer
 
+# What a model's cache is called, as an argument and in an output: `cache` from transformers 5.24 on.
+_prepare = inspect.signature(GenerationMixin.prepare_inputs_for_generation)
+CACHE = "cache" if "cache" in _prepare.parameters else "past_key_values"
 # The argument that is the cache, by the names that transformers' attention modules give it.
-CACHES = ("past_key_values", "layer_past")
+CACHES = ("cache", "past_key_values", "layer_past")
 
 
 class MixerCacheLayer(CacheLayerMixin):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import create_masks_for_generate
 
-from .cache import MixerCacheLayer
+from .cache import CACHE, MixerCacheLayer
 from .recording import record, records_on
 
 # `generate` asks twice, one after the other in one thread: the answer to the first, until the second.
@@ -47,9 +47,9 @@ class GraphedDecoding:
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As transformers', without a mask for a token that was added: it is no pad, and swapped layers ask no more."""
         added = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
-        if added and kwargs.get("past_key_values") is not None and self._all_swapped():
+        if added and kwargs.get(CACHE) is not None and self._all_swapped():
             kwargs["attention_mask"] = None
-        if kwargs.get("past_key_values") is None:
+        if kwargs.get(CACHE) is None:
             kwargs["next_sequence_length"] = None  # Phi-3's class drops a cache, and in 5.17 forgets to read all anew
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
 
@@ -70,7 +70,7 @@ class GraphedDecoding:
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         # `generate` asks this, and on a yes takes its forward from `get_compiled_call`.
         compiles = super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
-        records = not generation_config.disable_compile and self._stays_as_large(model_kwargs.get("past_key_values"))
+        records = not generation_config.disable_compile and self._stays_as_large(model_kwargs.get(CACHE))
         _asked.answer = (compiles, records and can_record(self))  # type: ignore[arg-type]
         return any(_asked.answer)
 
@@ -152,7 +152,7 @@ class GraphedForward:
 def _is_step(inputs: dict[str, Any]) -> bool:
     """Whether `inputs` are one token a row with its place and a cache of constant size, and all that changes between
     steps are values of tensors."""
-    ids, places, cache = inputs.get("input_ids"), inputs.get("position_ids"), inputs.get("past_key_values")
+    ids, places, cache = inputs.get("input_ids"), inputs.get("position_ids"), inputs.get(CACHE)
     if ids is None or ids.shape[1:] != (1,) or places is None or cache is None or torch.is_grad_enabled():
         return False
     if inputs.get("output_attentions") or inputs.get("output_hidden_states") or inputs.get("use_cache") is False:
@@ -173,7 +173,7 @@ def _split(inputs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors[name] = value
         elif isinstance(value, dict):
             tensors |= {f"{name}.{key}": entry for key, entry in value.items() if entry is not None}
-        elif name != "past_key_values":
+        elif name != CACHE:
             others[name] = value
     return tensors, others
 
@@ -206,7 +206,7 @@ class DecodeGraph:
     """
 
     def __init__(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> None:
-        cache = inputs["past_key_values"]
+        cache = inputs[CACHE]
         tensors, self.others = _split(inputs)
         self.given = {name: tensor.clone() for name, tensor in tensors.items()}
         self.states = _states(cache)
@@ -239,7 +239,7 @@ class DecodeGraph:
             {name: tensor.shape for name, tensor in tensors.items()}
             == {name: tensor.shape for name, tensor in self.given.items()}
             and others == self.others
-            and self._stands(inputs["past_key_values"])
+            and self._stands(inputs[CACHE])
         )
 
     def __call__(self, inputs: dict[str, Any]) -> Any:
@@ -247,8 +247,8 @@ class DecodeGraph:
         for name, tensor in _split(inputs)[0].items():
             self.given[name].copy_(tensor)
         self.replay()
-        cache = inputs["past_key_values"]
+        cache = inputs[CACHE]
         for layer in cache.layers:
             if isinstance(layer, MixerCacheLayer):
                 layer.seen += 1
-        return self.output_type(logits=self.logits, past_key_values=cache)
+        return self.output_type(logits=self.logits, **{CACHE: cache})

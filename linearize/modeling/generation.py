@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 
+from .cache import CACHE
+
 
 class StatefulGeneration:
     """Mixin of a model, before transformers' own `GenerationMixin`; `_is_stateful` says whether a layer has a state."""
@@ -70,7 +72,7 @@ class StatefulGeneration:
         length = kwargs.get("next_sequence_length")
         if self._is_stateful and length is not None and length <= 0:
             raise ValueError(
-                f"past_key_values hold {kwargs['past_key_values'].get_seq_length()} tokens, and nothing of the prompt "
+                f"{CACHE}: the cache holds {kwargs[CACHE].get_seq_length()} tokens, and nothing of the prompt "
                 "comes after them: a linear-time layer cannot go back. Pass the tokens that follow too, or a cache "
                 "that was made of fewer"
             )

@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .attention import LinearizeAttention
 from .based import Based
-from .cache import MixerCacheLayer
+from .cache import CACHE, CACHES, MixerCacheLayer
 from .configuration_linearize import AttentionAnatomy, LinearizeConfig
 from .decoding import GraphedDecoding
 from .gated_delta import GatedDelta
@@ -71,7 +71,7 @@ class LinearizeForCausalLM(StatefulGeneration, GraphedDecoding, PreTrainedModel,
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [*CACHES]  # noqa: RUF012
     # Few parameters, and decays that bf16 would round away.
     _keep_in_fp32_modules_strict = ["mixer"]  # noqa: RUF012
     _parent_class: type[PreTrainedModel]
@@ -151,24 +151,31 @@ class LinearizeForCausalLM(StatefulGeneration, GraphedDecoding, PreTrainedModel,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
         """The teacher class's forward, arguments and all. With a cache, pads must be on the left.
+
+        The cache is `cache`, as transformers calls it from 5.24 on, or `past_key_values`, its name before, in every
+        release; the output has it by the name of the release.
 
         `output_attentions` gives what transformers' own hybrids give: one entry [B, H, T, T] for each layer that
         attends by softmax alone, in their order, with the "eager" attention implementation. A swapped layer makes no
         such matrix, for the heads in it that stayed softmax either.
 
         Raises:
-            ValueError: a cache together with packed documents or pads on the right; pads between tokens; a 4D mask; a
-                static cache with whole layers of softmax under ALiBi.
+            ValueError: a cache by both names; a cache together with packed documents or pads on the right; pads between
+                tokens; a 4D mask; a static cache with whole layers of softmax under ALiBi.
         """
-        if self._has_softmax_under_alibi() and _is_static(past_key_values):
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument: pass one of them")
+        cache = past_key_values if cache is None else cache
+        if self._has_softmax_under_alibi() and _is_static(cache):
             raise ValueError(
                 "a static cache cannot serve the layers that stayed softmax whole, whose ALiBi is made for the text so "
                 "far: leave cache_implementation out, or keep heads of layers and none whole"
@@ -177,14 +184,14 @@ class LinearizeForCausalLM(StatefulGeneration, GraphedDecoding, PreTrainedModel,
         length = 0 if tokens is None else tokens.shape[1]
         if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() == 4):
             # `generate` makes these of a mask of pads for a static cache; a token that it adds is never a pad.
-            if length != 1 or not _is_static(past_key_values):
+            if length != 1 or not _is_static(cache):
                 raise ValueError(
                     "attention_mask has 4 dimensions: a linear layer cannot follow any mask; pass a 2D mask of pads, "
                     "or position_ids that restart at each document"
                 )
         elif attention_mask is not None and attention_mask.dim() == 2:
             mask = attention_mask.bool()
-            if past_key_values is not None or (use_cache and length > 1):
+            if cache is not None or (use_cache and length > 1):
                 if mask.shape[1] > 1:
                     refuse(
                         (mask[:, :-1] & ~mask[:, 1:]).any(),
@@ -197,7 +204,7 @@ class LinearizeForCausalLM(StatefulGeneration, GraphedDecoding, PreTrainedModel,
                 )
                 if position_ids is not None and not torch.compiler.is_compiling() and bool(mask.all()):
                     attention_mask = None  # transformers looks for packed documents only where there is no mask
-        if use_cache is None and past_key_values is None and attention_mask is None and restarts(position_ids):
+        if use_cache is None and cache is None and attention_mask is None and restarts(position_ids):
             use_cache = False  # nobody asked for one, and documents that are packed have none
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(self.config, name):
@@ -208,11 +215,11 @@ class LinearizeForCausalLM(StatefulGeneration, GraphedDecoding, PreTrainedModel,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
+                **{CACHE: cache},
                 **kwargs,
             )
         finally:
