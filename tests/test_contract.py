@@ -491,3 +491,17 @@ def test_packed_documents_in_a_plain_call(mixer_name):
     assert torch.equal(plain.logits, student(ids, position_ids=positions, use_cache=False).logits)
     assert torch.equal(plain.logits, student(ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits)
     assert student(ids).get(CACHE) is not None
+
+
+@torch.no_grad()
+def test_the_cache_goes_by_the_name_of_any_release(mixer_name):
+    student, ids = shake(convert(tiny_teacher(), mixer_name, window=4)), torch.randint(3, 128, (1, 9))
+    held = student(ids[:, :5], use_cache=True)[CACHE]
+    later = [
+        student(ids[:, 5:], **{name: copy.deepcopy(held)}, use_cache=True) for name in ("cache", "past_key_values")
+    ]
+    assert torch.equal(later[0].logits, later[1].logits)
+    assert relative_error(later[0].logits, student(ids).logits[:, 5:]) < 1e-5
+    assert all(out[CACHE].get_seq_length() == 9 for out in later)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        student(ids[:, 5:], cache=held, past_key_values=held)

@@ -232,7 +232,7 @@ def test_a_student_is_no_assistant(student):
 def test_a_cache_that_would_have_to_go_back_is_refused(student):
     out = student.generate(IDS, return_dict_in_generate=True, **GREEDY)
     for again in (IDS, out.sequences[:, :19]):  # shorter than what it holds, or no longer
-        with pytest.raises(ValueError, match=r"hold 19 tokens, .* Pass the tokens that follow too"):
+        with pytest.raises(ValueError, match=r"holds 19 tokens, .* Pass the tokens that follow too"):
             student.generate(again, **{CACHE: out[CACHE]}, **GREEDY)
     cache = out[CACHE]
     assert not cache.is_croppable
