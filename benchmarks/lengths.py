@@ -19,7 +19,7 @@ from transformers import DynamicCache
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from linearize.convert import convert
-from linearize.modeling.cache import MixerCacheLayer
+from linearize.modeling.cache import CACHE, MixerCacheLayer
 from linearize.provenance import versions
 from linearize.source import ModelSource, load_model
 
@@ -44,13 +44,13 @@ def measure(model: Any, context: int, new_tokens: int) -> dict[str, Any]:
     for _ in range(new_tokens):
         token = out.logits[:, -1:].argmax(-1)
         started = time.monotonic()
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(token, **{CACHE: out[CACHE]}, use_cache=True)
         steps.append(time.monotonic() - started)
     return {
         "context": context,
         "prefill_s": prefill,
         "decode_ms": 1e3 * sorted(steps)[len(steps) // 2],
-        "cache_bytes": cache_bytes(out.past_key_values),
+        "cache_bytes": cache_bytes(out[CACHE]),
     }
 
 

@@ -46,7 +46,10 @@ def _message(doing: str, model: str, revision: str | None, error: Exception) -> 
             "reached; check the path or the connection"
         )
     if "contains custom code" in said or "requires you to execute" in said:
-        return f"{model} brings its own code; read it, and if you trust it pass --trust-remote-code"
+        return (
+            f"{model} brings its own code; read it, and if you trust it pass --trust-remote-code (which does not reach "
+            "the base model of an adapter: merge such an adapter first)"
+        )
     if "does not recognize this architecture" in said:
         return (
             f"{model}: transformers {transformers.__version__} does not know its model type; "

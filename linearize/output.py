@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import itertools
 import json
 import os
 import shutil
@@ -13,9 +14,9 @@ from pathlib import Path
 
 from .errors import UsageError, UserError
 
-# A folder with none of these was not made by this package: --overwrite will not delete it.
-_OURS = ("linearize.json", "adapter_config.json", "config.json of a converted model")
-_FOLDERS = ("pictures",)  # of the model card
+# A folder with neither was not made by this package: --overwrite will not delete it.
+_OURS = ("linearize.json", "config.json of a converted model")
+_FOLDERS = ("pictures", "speed", "bench", "additional_chat_templates")  # the card's, what bench measured, a tokenizer's
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_SAID = (
     "os error 28",  # safetensors
@@ -35,7 +36,7 @@ def check_new(out: str | Path, *, overwrite: bool = False, reads: Iterable[objec
         UsageError: `out` exists and `overwrite` is off, or it is something that must not be replaced.
         UserError: its parent cannot be written to.
     """
-    path = Path(out).expanduser()
+    path = Path(os.path.expanduser(out))
     if not path.name or path.name == "..":
         raise UsageError(f"-o/--out: {str(out)!r} names no new folder; give it a name, as -o {path / 'student'}")
     if os.path.lexists(path):
@@ -46,7 +47,7 @@ def check_new(out: str | Path, *, overwrite: bool = False, reads: Iterable[objec
         where = path.resolve()
         if where == Path.home() or where in (Path.cwd(), *Path.cwd().parents):
             raise UsageError(f"-o/--out: {path} is the home folder or the one you stand in, and is not overwritten")
-        for source in (Path(read).expanduser() for read in reads if isinstance(read, str | Path)):
+        for source in (Path(os.path.expanduser(read)) for read in reads if isinstance(read, str | Path)):
             if os.path.lexists(source) and where in (source.resolve(), *source.resolve().parents):
                 raise UsageError(f"-o/--out: {path} holds {source}, which this reads; choose another name")
         if any(path.iterdir()) and not _is_ours(path):
@@ -69,7 +70,7 @@ def check_new(out: str | Path, *, overwrite: bool = False, reads: Iterable[objec
 
 
 def _is_ours(folder: Path) -> bool:
-    if any((folder / name).is_file() for name in _OURS[:2]):
+    if (folder / _OURS[0]).is_file():
         return True
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -86,7 +87,8 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     With `overwrite`, a folder that is at `out` already stays as it is until the new one is whole.
 
     Raises:
-        UsageError: `out` exists and `overwrite` is off (before the body runs), see `check_new`.
+        UsageError: `out` exists and `overwrite` is off (before the body runs), see `check_new`; or it came while the
+            body ran, see `settle`.
         UserError: the disk is full, or `out` cannot be written to.
     """
     path = check_new(out, overwrite=overwrite)
@@ -97,8 +99,7 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
             _remove(partial)  # left by a killed process of the same id
             partial.mkdir(parents=True)
             yield partial
-            check_new(path, overwrite=overwrite)  # someone else may have been quicker
-            put_in_place(partial, path)
+            settle(partial, path, overwrite=overwrite, spare=_free_name(path))
     finally:
         _remove(partial)
         _remove_empty(made)
@@ -129,13 +130,12 @@ def resumed_folder(out: str | Path, key: str, *, overwrite: bool = False) -> Ite
                 try:
                     _remove_leftovers(path, partial)
                     yield partial, work
-                    check_new(path, overwrite=overwrite)
                     done = True
                 except Exception:
                     _remove(partial)
                     raise
             _remove(work)
-            put_in_place(partial, path)
+            settle(partial, path, overwrite=overwrite, spare=_free_name(path))
     finally:
         if done:
             _remove(partial)
@@ -218,6 +218,25 @@ def _full_message(path: Path) -> str:
 def _nearest(path: Path) -> Path:
     """The innermost folder above `path` that exists."""
     return next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+
+
+def settle(made: Path, path: Path, *, overwrite: bool, spare: Path, reads: Iterable[object] = ()) -> None:
+    """Puts the whole folder `made` at `path`, or, where someone else was quicker, at `spare`.
+
+    Raises:
+        UsageError: as `check_new`; it says where `made` lies now.
+    """
+    try:
+        check_new(path, overwrite=overwrite, reads=reads)
+    except UsageError as error:
+        made.rename(spare)
+        raise UsageError(f"{error}. What was made is whole, and lies in {spare}") from error
+    put_in_place(made, path)
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}-{count}") for count in itertools.count(2))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def put_in_place(partial: Path, path: Path) -> None:

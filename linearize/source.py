@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -381,6 +382,16 @@ def _adapter_base(src: ModelSource, place: _Place) -> ModelSource | None:
     if (Path(base) / path.name).is_file() and not (Path(base) / "config.json").is_file():
         raise UserError(f"{path}: its base model {base} is an adapter too; merge that one first")
     return ModelSource(base)  # code that a person trusts is the adapter's, and not of whatever base it names
+
+
+def read_for(model: Any) -> list[str]:
+    """What of this machine may be read for a MODEL, a `ModelSource` or a loaded one: itself, and an adapter's base."""
+    name = model.model if isinstance(model, ModelSource) else getattr(model, "name_or_path", model)
+    if not isinstance(name, str | Path):
+        return []
+    folder = Path(os.path.expanduser(name))
+    base = _adapter_base(ModelSource(str(folder)), _Place(str(folder), folder))
+    return [str(name)] if base is None else [str(name), base.model]
 
 
 def _merge_adapter(base: PreTrainedModel, place: _Place) -> PreTrainedModel:

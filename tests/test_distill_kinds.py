@@ -10,7 +10,7 @@ import signal
 import pytest
 import torch
 from conftest import MIXER_NAMES, relative_error, shake, tiny_teacher
-from test_distill import LENGTH, logit_options, rows, student_of, transfer_options, weights
+from distilling import LENGTH, logit_options, rows, student_of, transfer_options, weights
 
 from linearize.convert import convert
 from linearize.distill import BlockOptions, LogitOptions, MixingOptions, TransferOptions, distill, work

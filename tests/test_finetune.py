@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 from conftest import relative_error, tiny_teacher
+from distilling import LENGTH, rows, stop_at, weights
 from packaging.version import Version
 from peft import PeftModel
 from safetensors import safe_open
-from test_distill import LENGTH, rows, stop_at, weights
 from transformers import AutoModelForCausalLM
 
 import linearize  # noqa: F401  (registers the classes)
@@ -101,6 +101,7 @@ def test_merged_is_the_unmerged_model(student) -> None:
     assert all(p.requires_grad for p in merged.parameters())
 
 
+@pytest.mark.usefixtures("any_peft")
 @pytest.mark.parametrize("train_mixers", [True, False])
 def test_an_adapter_loads_back_with_the_same_logits(folder, student, train_mixers, tmp_path) -> None:
     out = tmp_path / "adapter"

@@ -7,8 +7,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import shake, tiny_teacher
+from distilling import LENGTH, rows, weights
+from families import teacher_of
 from recorder import Recorder, recorder_into
-from test_distill import LENGTH, rows, weights
 
 from linearize.convert import convert
 from linearize.distill import distill, graphed, stages
@@ -114,6 +115,16 @@ def test_recomputed_activations_are_not_recorded(teacher, recordings):
     plain = trained(teacher, rows(16), "logits", **options)
     with pytest.warns(UserWarning, match="--no-gradient-checkpointing"):
         same(plain, trained(teacher, rows(16), "logits", cuda_graph=True, **options))
+    assert not recordings
+
+
+def test_layers_that_are_skipped_by_a_draw_are_not_recorded(recordings):
+    teacher = teacher_of("opt")
+    student = shake(convert(teacher, "gla", window=8, sinks=1))
+    student.base_model.decoder.layerdrop = 0.1
+    options = {"batch_size": 2, "max_length": LENGTH, "gradient_checkpointing": False}
+    with pytest.warns(UserWarning, match="draw which layers they skip"):
+        distill(student, teacher, rows(16), stage="logits", cuda_graph=True, **options)
     assert not recordings
 
 

@@ -116,7 +116,13 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
         out.mkdir()
         fill(out, "theirs")
     assert (out / "config.json").read_text() == "theirs"
-    assert entries(tmp_path) == ["student"]
+    assert (tmp_path / "student-2" / "config.json").read_text() == "mine"
+    with pytest.raises(UsageError, match=r"exists.* lies in .*other-3"), resumed_folder(tmp_path / "other", "a") as new:
+        fill(new[0], "mine")
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other-2").mkdir()
+    assert entries(tmp_path) == ["other", "other-2", "other-3", "student", "student-2"]
+    assert entries(tmp_path / "other-3") == ["config.json"]
 
 
 def test_overwrite_spares_what_is_no_model(tmp_path, monkeypatch):
@@ -148,6 +154,20 @@ def test_overwrite_spares_what_is_no_model(tmp_path, monkeypatch):
         check_new(photos / "cat.jpg" / "out")
 
 
+def test_overwrite_takes_what_lies_in_a_folder_of_ours(tmp_path):
+    for name in ("pictures", "speed", "bench", "additional_chat_templates"):
+        (tmp_path / "student" / name).mkdir(parents=True)
+    (tmp_path / "student" / "linearize.json").write_text("{}")
+    assert check_new(tmp_path / "student", overwrite=True)
+
+
+def test_overwrite_spares_an_adapter_of_someone_else(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds no model that linearize made"):
+        check_new(tmp_path / "lora", overwrite=True)
+
+
 @pytest.mark.parametrize("read", [".", "teacher", "../link", "text.jsonl"])
 def test_overwrite_spares_what_is_read(tmp_path, read):
     out = tmp_path / "student"
@@ -155,7 +175,7 @@ def test_overwrite_spares_what_is_read(tmp_path, read):
     (tmp_path / "link").symlink_to(out / "teacher")
     (out / "text.jsonl").write_text("{}")
     with pytest.raises(UsageError, match="which this reads"):
-        check_new(out, overwrite=True, reads=["owner/name", out / read])
+        check_new(out, overwrite=True, reads=["owner/name", "~nobody-of-this-name/model", out / read])
 
 
 @pytest.mark.parametrize(

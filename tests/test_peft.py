@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning"),  # has another name
     pytest.mark.filterwarnings("ignore:fan_in_fan_out"),
 ]
+pytestmark = pytest.mark.usefixtures("any_peft")
 NAMES = [*CONVERTED, *UNLISTED]
 KEEP = "heads:0.1,1.2"
 FUSED = {"gpt2": "c_attn", "gpt_neox": "query_key_value", "falcon": "query_key_value", "phi3": "qkv_proj"}
@@ -277,5 +278,8 @@ def test_an_adapter_in_a_subfolder(tmp_path):
 def test_a_teacher_with_an_adapter_is_refused():
     teacher = copy.deepcopy(teacher_of("llama"))
     teacher.add_adapter(LoraConfig(r=2, target_modules=["gate_proj"]))
-    with pytest.raises(UserError, match="carries an adapter: merge it"):
+    with pytest.raises(UserError, match="carries an adapter, or the modules of one: load its base model anew"):
+        convert(teacher, "linear")
+    teacher._hf_peft_config_loaded = False  # as transformers' delete_adapter leaves it
+    with pytest.raises(UserError, match="carries an adapter"):
         convert(teacher, "linear")

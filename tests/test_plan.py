@@ -65,7 +65,6 @@ def folder_8b(tmp_path_factory) -> Path:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 def test_8b_from_the_command_line(folder_8b, tmp_path):
-    started = time.monotonic()
     command = [sys.executable, "-m", "linearize.cli", "plan", str(folder_8b), "--to", "based", "--json"]
     # A child begins with its parent's peak, and this process is large: a small one starts the command.
     starter = (
@@ -75,13 +74,20 @@ def test_8b_from_the_command_line(folder_8b, tmp_path):
         "child.returncode = os.waitstatus_to_exitcode(status)\n"
         "print(child.returncode, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)"
     )
-    made = subprocess.run([sys.executable, "-c", starter, str(tmp_path / "plan.json"), *command], capture_output=True)
-    code, cpu, peak = map(float, made.stdout.split())
-    assert code == 0, made.stderr
-    # Where others hold the machine, the processor's time says what the wall's does not.
-    wall = time.monotonic() - started
-    assert min(wall, cpu) < 5, (wall, cpu)
-    assert peak < 2**20  # KiB
+
+    def run(*words: str) -> tuple[float, float]:
+        """Seconds and peak KiB. Where others hold the machine, the processor's time says what the wall's does not."""
+        started = time.monotonic()
+        made = subprocess.run([sys.executable, "-c", starter, str(tmp_path / "plan.json"), *words], capture_output=True)
+        code, cpu, peak = map(float, made.stdout.split())
+        assert code == 0, made.stderr
+        return min(time.monotonic() - started, cpu), peak
+
+    imports, _ = run(sys.executable, "-c", "import torch, transformers.modeling_utils")
+    seconds, peak = run(*command)
+    # five seconds on a machine that takes three to import what everything is built on
+    assert seconds < max(5, 5 / 3 * imports), (seconds, imports)
+    assert peak < 2**20
     facts = json.loads((tmp_path / "plan.json").read_text())
     assert facts["mixer"] == "based" and facts["dtype"] == "bfloat16"
     assert facts["mixer_options"] == {"window": 64, "sinks": 1}

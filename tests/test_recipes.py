@@ -436,6 +436,31 @@ def test_overwrite_starts_anew(place, two, begun, straight) -> None:
     )
 
 
+def test_what_comes_to_the_output_meanwhile_is_kept(place, two, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "out"
+
+    def comes(*args):
+        out.mkdir(exist_ok=True)
+        (out / "notes.txt").write_text("mine")
+
+    with pytest.raises(UsageError, match=r"exists; .* lies in .*3-far"):
+        run(place, two, out, say=comes)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    assert (tmp_path / "out.work" / "3-far" / "config.json").is_file()
+
+
+def test_overwrite_spares_the_recipe_and_the_text_of_the_calibration(place, two, tmp_path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("linearize.json", "two.yaml", "more.txt"):
+        shutil.copyfile(two, out / name)
+    with pytest.raises(UsageError, match=r"two\.yaml, which this reads"):
+        run(place, out / "two.yaml", out, overwrite=True)
+    with pytest.raises(UsageError, match=r"more\.txt, which this reads"):
+        run(place, two, out, overwrite=True, settings={"convert.calibrate": str(out / "more.txt")})
+    assert len(list(out.iterdir())) == 3
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_is_whole(place, two, tmp_path, monkeypatch) -> None:
     whole = StageTrainer.training_step
 

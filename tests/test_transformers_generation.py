@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import MIXER_NAMES, relative_error, shake, tiny_teacher
 from families import teacher_of
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, QuantizedCache
 
 from linearize.convert import convert
@@ -222,6 +222,41 @@ def test_continuous_batching_is_refused(student):
     """It would run, and give wrong tokens: pages of keys are handed to attention, and a state to none."""
     with pytest.raises(ValueError, match="a linear-time layer has a state instead"):
         student.generate_batch(IDS.tolist(), generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=-1))
+
+
+def test_a_student_of_softmax_alone_batches_continuously():
+    student = convert(TEACHER, "gla", keep_softmax="every:1")
+    assert not student._is_stateful
+    settings = GenerationConfig(max_new_tokens=4, eos_token_id=-1, do_sample=False)
+    pages = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)  # as many as memory holds by itself
+    made = []
+    for model in (TEACHER, student):
+        outputs = model.generate_batch(IDS.tolist(), settings, pages)
+        made.append([out.generated_tokens for _, out in sorted(outputs.items())])
+    assert made[0] == made[1] and len(made[0]) == 2 and all(len(tokens) == 4 for tokens in made[0])
+
+
+class Pages:
+    """What continuous batching hands on as `cache` before transformers 5.24, beside a model's own."""
+
+
+@pytest.mark.skipif(CACHE == "cache", reason="one name for both from transformers 5.24 on")
+def test_the_pages_of_continuous_batching_reach_softmax(monkeypatch):
+    student, seen = convert(TEACHER, "gla", keep_softmax="every:1"), []
+    for layer in student.model.layers:
+        monkeypatch.setattr(
+            layer.self_attn, "forward", lambda **given: seen.append(given) or (given["hidden_states"], None)
+        )
+    student(IDS, cache=(pages := Pages()), use_cache=False)
+    assert [given["cache"] for given in seen] == [pages, pages]
+    assert all(given["past_key_values"] is None for given in seen)
+
+
+def test_inputs_are_prepared_by_either_name_of_the_cache(student):
+    held, ids = filled(student, IDS[:, :7]), IDS[:, :8]
+    for name in ("cache", "past_key_values"):
+        made = student.prepare_inputs_for_generation(ids, next_sequence_length=1, **{name: held})
+        assert made["input_ids"].shape == (2, 1) and made[CACHE] is held
 
 
 def test_a_student_is_no_assistant(student):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..source import (
     load_tokenizer,
     parse_device,
     parse_dtype,
+    read_for,
     weights_folder,
 )
 from ..surgery.student import calibrated_options, check_mixer
@@ -75,7 +77,7 @@ def convert_folder(
     """
     check_mixer(to)
     texts = () if calibrate_on is None else TextSource.parse(calibrate_on).files
-    path = check_new(out, overwrite=overwrite, reads=(source.model, *texts))
+    path = check_new(out, overwrite=overwrite, reads=(*read_for(source), *texts))
     if not _SIZE.fullmatch(max_shard_size):
         raise UsageError(f"--max-shard-size: {max_shard_size!r} is no size; give one such as 5GB or 500MB")
     chosen, place = parse_dtype(dtype), parse_device(device or "cpu")
@@ -122,7 +124,7 @@ def convert_folder(
                     write_student(ready, folder, work, seed=seed, max_shard_size=max_shard_size)
                     write_model(ready, folder, work, load_generation_config(source))
                     tokenizer.save_pretrained(folder)
-                    record(folder, made, None if Path(source.model).expanduser().exists() else files.name)
+                    record(folder, made, None if Path(os.path.expanduser(source.model)).exists() else files.name)
                 return made
             except NotPlain:  # the proof needs more than lies in the files as it is
                 pass

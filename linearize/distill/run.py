@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from ..device import chosen_device
 from ..errors import UsageError, UserError
 from ..output import check_new, new_folder
 from ..rows import TextSource
-from ..source import ModelSource, commit_of, folder_of
+from ..source import commit_of, folder_of, read_for
 from . import together
 from .feed import packed, split
 from .options import (
@@ -28,7 +29,7 @@ from .options import (
     check_overrides,
     with_overrides,
 )
-from .work import LOG_FILE, Place, RecipeStage
+from .work import LOG_FILE, Place, RecipeStage, clear
 
 if TYPE_CHECKING:  # stages imports transformers' Trainer, which takes a second: each verb does when it trains
     from torch.utils.data import Dataset
@@ -149,7 +150,7 @@ def distill(
                 "options": {kind: of.record() for kind, of in chosen.items()},
             },
         )
-        _clear_work(place, work_dir)
+        _clear_work(place, work_dir, results)
     return student
 
 
@@ -219,7 +220,7 @@ def finetune(
                 "options": {"finetune": chosen.record()},
             },
         )
-        _clear_work(place, work_dir)
+        _clear_work(place, work_dir, [result])
     return model
 
 
@@ -249,7 +250,7 @@ def _checked(output: str | Path | None, overwrite: bool, dataset: str | Dataset[
     """Hours of training must not end at a folder that was there all along, nor models be loaded for a file that is
     not."""
     files = TextSource.parse(dataset).files if isinstance(dataset, str) else ()
-    names = [m.model if isinstance(m, ModelSource) else getattr(m, "name_or_path", m) for m in models]
+    names = [name for model in models for name in read_for(model)]
     return None if output is None else check_new(output, overwrite=overwrite, reads=(*names, *files))
 
 
@@ -281,6 +282,10 @@ def _place(
     output: Path | None, work_dir: str | Path | None, resume: bool, overwrite: bool, recipe: RecipeStage | None
 ) -> Place:
     folder = Path(work_dir) if work_dir is not None else None
+    if folder is not None and output is not None and output.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise UsageError(
+            f"--work-dir: {folder} lies in {output}, which is made when all is done; choose another folder"
+        )
     if folder is None and output is not None:
         folder = output.with_name(f"{output.name}.work")
     if resume and folder is None:
@@ -288,9 +293,13 @@ def _place(
     return Place(folder=folder, resume=resume, overwrite=overwrite and not resume, recipe=recipe)
 
 
-def _clear_work(place: Place, work_dir: str | Path | None) -> None:
+def _clear_work(place: Place, work_dir: str | Path | None, results: list[StageResult]) -> None:
+    """Removes what these stages left in `OUT.work`, where something of a person's own may lie too."""
     if work_dir is None and place.folder is not None and processes.is_main():
-        shutil.rmtree(place.folder, ignore_errors=True)
+        for folder in (*(place.folder / result.stage for result in results), place.folder):
+            with suppress(OSError):
+                clear(folder)
+                folder.rmdir()
 
 
 def _name(model: Any) -> str:

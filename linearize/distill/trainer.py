@@ -149,6 +149,9 @@ class StageTrainer(Trainer):
                 stacklevel=2,
             )
             return None
+        if any(getattr(module, "layerdrop", 0) for module in self.student.modules()):
+            warnings.warn("--cuda-graph: steps that draw which layers they skip are not recorded", stacklevel=2)
+            return None
 
         def step(tensors: Item) -> tuple[Tensor, dict[str, Tensor]]:
             inputs: dict[str, Any] = dict(tensors)

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 
 from ..errors import UserError
 from ..json_files import as_written, read_lines, read_object
@@ -22,6 +20,7 @@ from ..output import is_disk_full
 RUN_FILE = "run.json"
 LOG_FILE = "loss.jsonl"
 TRAINABLE_FILE = "trainable.safetensors"
+TRAINER_STATE = "trainer_state.json"  # transformers' name for it
 # a checkpoint may be read on other hardware and saved or logged at another pace
 _FREE = ("save_steps", "log_steps", "device", "compile", "cuda_graph")
 
@@ -63,7 +62,7 @@ def start_hash(model: nn.Module) -> str:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole: the Trainer writes `trainer_state.json` last."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    found = [p for p in folder.glob("checkpoint-*") if (p / TRAINER_STATE).is_file()]
     return max(found, key=checkpoint_step, default=None)
 
 
@@ -95,13 +94,13 @@ def open_work(folder: Path, run: Mapping[str, Any], *, resume: bool, overwrite: 
         _cut_log(folder / LOG_FILE, checkpoint_step(checkpoint))
         return checkpoint
     if folder.exists():
-        _clear(folder)
+        clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
     return None
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Removes what a run left, and nothing else that may lie in a folder of the person's own."""
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
@@ -159,10 +158,12 @@ def full_disk_said(folder: Path) -> Iterator[None]:
 
 def check_state(checkpoint: Path) -> None:
     """Raises ValueError where a number of the Trainer's state is none: it would be noticed steps later."""
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    from transformers.trainer_callback import TrainerState  # takes a second, and is for those who resume
+
+    state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
     for entry in fields(TrainerState):
         value = state.get(entry.name, entry.default)
         if type(entry.default) in (int, float) and type(value) not in (int, float):
-            raise ValueError(f"{TRAINER_STATE_NAME} says {entry.name}: {value!r}")
+            raise ValueError(f"{TRAINER_STATE} says {entry.name}: {value!r}")
     if state.get("global_step") != checkpoint_step(checkpoint):
-        raise ValueError(f"{TRAINER_STATE_NAME} is of step {state.get('global_step')}")
+        raise ValueError(f"{TRAINER_STATE} is of step {state.get('global_step')}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def read_tasks(specs: str | Sequence[str | Task], items: int) -> list[Task]:
 
 
 def _task(part: str, items: int) -> Task:
-    file = Path(part).expanduser()
+    file = Path(os.path.expanduser(part))
     if file.is_file():
         if not part.endswith(SUFFIXES):
             raise UserError(f"--tasks: {part} is of an unknown kind; there are {', '.join(SUFFIXES)}")

@@ -89,7 +89,7 @@ def push(
         UserError: no whole converted model in `out`, no token or one that may not write, no Hub to be reached.
         UsageError: `repo` or `revision` cannot be a name.
     """
-    folder = Path(out).expanduser()
+    folder = Path(os.path.expanduser(out))
     _check_names(folder, repo, revision)
     branch = None if revision in (None, "main") else revision
     with as_written(folder):

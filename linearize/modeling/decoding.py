@@ -7,8 +7,8 @@ transformers does it, and the compiled step is recorded in place of the graphs t
 replay does not look at guards.
 
 Quietly, nothing is recorded where it would not be right: off CUDA, in training mode, over several devices or with
-hooks, where a softmax layer's or kept heads' keys grow with the text, in beam search and assisted decoding, and when
-attentions or hidden states are asked for. `generate(..., disable_compile=True)`, `model.decode_graphs = False` and the
+hooks, where a softmax layer's or kept heads' keys grow with the text, in beam search, and when attentions or hidden
+states are asked for. `generate(..., disable_compile=True)`, `model.decode_graphs = False` and the
 environment's `LINEARIZE_CUDA_GRAPHS=0` switch it off. A graph lives as long as the call of `generate`, and writes the
 tensors of that call's cache.
 """

@@ -69,6 +69,9 @@ class StatefulGeneration:
         Raises:
             ValueError: the cache that `generate` was given holds all of the prompt, or more.
         """
+        for name in {"cache", "past_key_values"} & kwargs.keys() - {CACHE}:
+            given = kwargs.pop(name)  # by the name of another release
+            kwargs[CACHE] = given if kwargs.get(CACHE) is None else kwargs[CACHE]
         length = kwargs.get("next_sequence_length")
         if self._is_stateful and length is not None and length <= 0:
             raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .attention import LinearizeAttention
@@ -50,7 +50,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(PADDING_MASK, _padding_mask)
 def _is_static(cache: Any) -> bool:
     return cache is not None and any(
         layer.is_static if isinstance(layer, MixerCacheLayer) else isinstance(layer, StaticLayer)
-        for layer in cache.layers
+        for layer in getattr(cache, "layers", ())
     )
 
 
@@ -169,9 +169,12 @@ class LinearizeForCausalLM(StatefulGeneration, GraphedDecoding, PreTrainedModel,
         such matrix, for the heads in it that stayed softmax either.
 
         Raises:
-            ValueError: a cache by both names; a cache together with packed documents or pads on the right; pads between
-                tokens; a 4D mask; a static cache with whole layers of softmax under ALiBi.
+            ValueError: a cache by both names; a static cache with whole layers of softmax under ALiBi; where a layer
+                has a state, a cache together with packed documents or pads on the right, pads between tokens,
+                or a 4D mask.
         """
+        if CACHE != "cache" and cache is not None and not isinstance(cache, Cache):
+            kwargs["cache"], cache = cache, None  # pages of continuous batching, which go to whole layers of softmax
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one argument: pass one of them")
         cache = past_key_values if cache is None else cache
@@ -180,32 +183,12 @@ class LinearizeForCausalLM(StatefulGeneration, GraphedDecoding, PreTrainedModel,
                 "a static cache cannot serve the layers that stayed softmax whole, whose ALiBi is made for the text so "
                 "far: leave cache_implementation out, or keep heads of layers and none whole"
             )
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        length = 0 if tokens is None else tokens.shape[1]
-        if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() == 4):
-            # `generate` makes these of a mask of pads for a static cache; a token that it adds is never a pad.
-            if length != 1 or not _is_static(cache):
-                raise ValueError(
-                    "attention_mask has 4 dimensions: a linear layer cannot follow any mask; pass a 2D mask of pads, "
-                    "or position_ids that restart at each document"
-                )
-        elif attention_mask is not None and attention_mask.dim() == 2:
-            mask = attention_mask.bool()
-            if cache is not None or (use_cache and length > 1):
-                if mask.shape[1] > 1:
-                    refuse(
-                        (mask[:, :-1] & ~mask[:, 1:]).any(),
-                        "attention_mask has pads on the right: pad on the left to use a cache",
-                    )
-            else:
-                refuse(
-                    ((mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0] > 1).any(),
-                    "attention_mask has pads between a row's tokens: pad on one side",
-                )
-                if position_ids is not None and not torch.compiler.is_compiling() and bool(mask.all()):
-                    attention_mask = None  # transformers looks for packed documents only where there is no mask
-        if use_cache is None and cache is None and attention_mask is None and restarts(position_ids):
-            use_cache = False  # nobody asked for one, and documents that are packed have none
+        if self._is_stateful:
+            tokens = input_ids if input_ids is not None else inputs_embeds
+            length = 0 if tokens is None else tokens.shape[1]
+            attention_mask = self._mask_of_pads(attention_mask, position_ids, cache, use_cache, length)
+            if use_cache is None and cache is None and attention_mask is None and restarts(position_ids):
+                use_cache = False  # nobody asked for one, and documents that are packed have none
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(self.config, name):
                 kwargs.setdefault(name, True)
@@ -227,6 +210,34 @@ class LinearizeForCausalLM(StatefulGeneration, GraphedDecoding, PreTrainedModel,
         if getattr(outputs, "attentions", None):
             outputs.attentions = tuple(weights for weights in outputs.attentions if weights is not None)
         return outputs
+
+    def _mask_of_pads(
+        self, attention_mask: Any, position_ids: Tensor | None, cache: Any, use_cache: bool | None, length: int
+    ) -> Any:
+        """What the parent is given for `attention_mask`. Raises ValueError for a mask that no state can follow."""
+        if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() == 4):
+            # `generate` makes these of a mask of pads for a static cache; a token that it adds is never a pad.
+            if length != 1 or not _is_static(cache):
+                raise ValueError(
+                    "attention_mask has 4 dimensions: a linear layer cannot follow any mask; pass a 2D mask of pads, "
+                    "or position_ids that restart at each document"
+                )
+        elif attention_mask is not None and attention_mask.dim() == 2:
+            mask = attention_mask.bool()
+            if cache is not None or (use_cache and length > 1):
+                if mask.shape[1] > 1:
+                    refuse(
+                        (mask[:, :-1] & ~mask[:, 1:]).any(),
+                        "attention_mask has pads on the right: pad on the left to use a cache",
+                    )
+            else:
+                refuse(
+                    ((mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0] > 1).any(),
+                    "attention_mask has pads between a row's tokens: pad on one side",
+                )
+                if position_ids is not None and not torch.compiler.is_compiling() and bool(mask.all()):
+                    return None  # transformers looks for packed documents only where there is no mask
+        return attention_mask
 
     def _has_softmax_under_alibi(self) -> bool:
         whole = len(self.config.swapped()) < len(self.config.layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def architecture(folder: Path) -> str:
 
 def identity(source: ModelSource) -> dict[str, Any]:
     """What tells this teacher from another: how it is called and, where it is a local folder or file, its hash."""
-    path = Path(source.model).expanduser()
+    path = Path(os.path.expanduser(source.model))
     if source.gguf_file is not None and path.is_dir():
         path = path / source.gguf_file
     return {**source.describe(), "hash": provenance.parent_hash(path) if path.exists() else None}

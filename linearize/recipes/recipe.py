@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -104,7 +105,7 @@ def find(recipe: str | Path) -> Path:
     names = [file.stem for file in sorted(FOLDER.glob("*.yaml"))]
     if str(recipe) in names:
         return FOLDER / f"{recipe}.yaml"
-    path = Path(recipe).expanduser()
+    path = Path(os.path.expanduser(recipe))
     if path.is_file():
         return path
     near = difflib.get_close_matches(str(recipe), names, n=1)

@@ -24,11 +24,11 @@ from ..distill.options import LogitOptions, with_overrides
 from ..distill.work import LOG_FILE, RecipeStage
 from ..errors import UsageError, UserError
 from ..json_files import read_lines, read_object
-from ..output import check_new, put_in_place
+from ..output import check_new, settle
 from ..rows import TextSource
-from ..source import ModelSource, load_model, load_student, load_tokenizer, parse_device, parse_dtype
+from ..source import ModelSource, load_model, load_student, load_tokenizer, parse_device, parse_dtype, read_for
 from . import guards
-from .recipe import Recipe, Stage, load
+from .recipe import Recipe, Stage, find, load
 
 STATE = "recipe.json"
 _STAGE_FOLDER = re.compile(r"\d+-[\w-]+(\.work)?")
@@ -104,8 +104,10 @@ def run_recipe(
     """
     source = ModelSource.of(model)
     chosen = load(recipe, settings, dataset=dataset, tokens=tokens, device=device)
-    texts = [file for stage in chosen.stages for file in TextSource.parse(stage.dataset).files]
-    out = check_new(output, overwrite=overwrite, reads=(source.model, *texts))
+    texts = [stage.dataset for stage in chosen.stages] + [chosen.convert.get("calibrate_on")]
+    files = [file for text in texts if text is not None for file in TextSource.parse(text).files]
+    reads = (*read_for(source), *files, find(recipe))
+    out = check_new(output, overwrite=overwrite, reads=reads)
     parse_dtype(dtype)
     for stage in chosen.stages:
         together.check_batch(stage.options)
@@ -117,7 +119,8 @@ def run_recipe(
         return RecipeRun(recipe=chosen, out=out, stages=[run.planned(index) for index in range(len(run.folders))])
     for index in range(run.done, len(run.folders)):
         run.step(index)
-    processes.from_main(lambda: put_in_place(run.folders[-1], out))
+    made = run.folders[-1]
+    processes.from_main(lambda: settle(made, out, overwrite=overwrite, spare=made, reads=reads))
     stages = [run.result(index) for index in range(len(run.folders))]
     return RecipeRun(recipe=chosen, out=out, stages=[*stages[:-1], replace(stages[-1], folder=str(out))])
 

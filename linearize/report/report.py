@@ -30,7 +30,7 @@ def report(
     Raises:
         UsageError: the file exists. UserError: no converted model there, a file that is no JSON, no matplotlib.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give the OUT of convert, distill, finetune or run")
     record = provenance.read(folder)
@@ -38,13 +38,17 @@ def report(
         raise UserError(
             f"{folder} has no {provenance.FILE}: give the OUT of linearize convert, distill, finetune or run"
         )
-    target = Path(out).expanduser() if out is not None else folder / "report.html"
+    target = Path(os.path.expanduser(out)) if out is not None else folder / "report.html"
     if target.exists() and not overwrite:
         raise UsageError(f"-o/--out: {target} exists; choose another name, or pass --overwrite to replace it")
     if target.is_dir() or not target.parent.is_dir():
         raise UsageError(f"-o/--out: {target} is no file in a folder that is there")
     pictures.require()
-    judged = _json(Path(evaluation).expanduser(), named=True) if evaluation is not None else _json(folder / EVALUATION)
+    judged = (
+        _json(Path(os.path.expanduser(evaluation)), named=True)
+        if evaluation is not None
+        else _json(folder / EVALUATION)
+    )
     if judged is not None and "perplexity" not in judged:
         raise UserError(f"--evaluation: {evaluation or EVALUATION} is not what `linearize eval MODEL --json` prints")
     losses = read_lines(folder / LOSSES) if (folder / LOSSES).is_file() else []

@@ -54,8 +54,12 @@ def swap(
 
 def check_whole(model: PreTrainedModel) -> None:
     """Raises UserError for a teacher whose weights are partly elsewhere, or that carries an adapter."""
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UserError("the model carries an adapter: merge it into the weights first, or delete it (delete_adapter)")
+    # the modules of an adapter stay when transformers' delete_adapter has removed it
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise UserError(
+            "the model carries an adapter, or the modules of one: load its base model anew, or merge the adapter into "
+            "the weights (PeftModel.from_pretrained(base, adapter).merge_and_unload())"
+        )
     meta = {parameter.is_meta for parameter in model.parameters()}
     if True in meta and (False in meta or any(hasattr(module, "_hf_hook") for module in model.modules())):
         raise UserError(
