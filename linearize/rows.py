@@ -32,12 +32,12 @@ class TextSource:
     revision: str | None = None
 
     @classmethod
-    def parse(cls, spec: str) -> TextSource:
+    def parse(cls, spec: str, flag: str = "--dataset") -> TextSource:
         """Raises UserError for files that are missing or of an unknown kind, UsageError for a spec that says
-        nothing."""
+        nothing; they name `flag`."""
         parts = [part.strip() for part in spec.split(",") if part.strip()]
         if not parts:
-            raise UsageError("--dataset is empty; give a Hub name (name[@revision][:config[:split]]) or local files")
+            raise UsageError(f"{flag} is empty; give a Hub name (name[@revision][:config[:split]]) or local files")
         if len(parts) == 1 and not _is_local(parts[0]):
             name, _, rest = parts[0].partition(":")
             config, _, split = rest.partition(":")
@@ -45,7 +45,7 @@ class TextSource:
             return cls(spec, name=name, config=config or None, split=split or None, revision=revision or None)
         files = tuple(Path(part).expanduser() for part in parts)
         for file in files:
-            _check_file(file)
+            _check_file(file, flag)
         return cls(spec, files=files)
 
     def each(self) -> list[TextSource]:
@@ -57,15 +57,15 @@ def _is_local(part: str) -> bool:
     return part.endswith(SUFFIXES) or part.startswith((".", "/", "~")) or Path(part).exists()
 
 
-def _check_file(file: Path) -> None:
+def _check_file(file: Path, flag: str) -> None:
     if not file.exists():
-        raise UserError(f"--dataset: there is no file {file}; check the path (a Hub name has no comma and no suffix)")
+        raise UserError(f"{flag}: there is no file {file}; check the path (a Hub name has no comma and no suffix)")
     if file.is_dir():
-        raise UserError(f"--dataset: {file} is a folder; name its files ({', '.join(SUFFIXES)}), separated by commas")
+        raise UserError(f"{flag}: {file} is a folder; name its files ({', '.join(SUFFIXES)}), separated by commas")
     if not file.is_file():
-        raise UserError(f"--dataset: {file} is no plain file (a pipe or a device?); give one of {', '.join(SUFFIXES)}")
+        raise UserError(f"{flag}: {file} is no plain file (a pipe or a device?); give one of {', '.join(SUFFIXES)}")
     if not file.name.endswith(SUFFIXES):
-        raise UserError(f"--dataset: {file} is of an unknown kind; there are {', '.join(SUFFIXES)}")
+        raise UserError(f"{flag}: {file} is of an unknown kind; there are {', '.join(SUFFIXES)}")
 
 
 def load_rows(spec: str | TextSource, *, text_field: str = "text", streaming: bool = False) -> Rows | Iterable[Row]:

@@ -363,7 +363,11 @@ def test_convert_writes_what_it_measured(tmp_path, monkeypatch):
     assert {path.name for path in out.glob("*.png")} == {"keep_scores.png", "calibration.png"}
     assert len(json.loads((out / "calibration.json").read_text())["layers"]) == 2
     again = CliRunner().invoke(main, [*command[:-3], "-o", str(tmp_path / "b"), "--calibrate", "nowhere.jsonl"])
-    assert again.exit_code != 0 and "nowhere.jsonl" in again.output and not (tmp_path / "b").exists()
+    assert (
+        again.exit_code != 0
+        and "--calibrate: there is no file nowhere.jsonl" in again.output
+        and not (tmp_path / "b").exists()
+    )
 
 
 def test_bounded_heads_leave_every_layer_a_mixer() -> None:

@@ -13,6 +13,7 @@ from distilling import LENGTH, logit_options, rows, stop_at, student_of, transfe
 from test_data import letters
 from transformers import AutoModelForCausalLM
 
+from linearize.convert import convert
 from linearize.distill import (
     distill,
     stages,
@@ -115,7 +116,7 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_is_kept(teacher, tmp_path
 def test_resume_refuses_another_run(teacher, tmp_path) -> None:
     start = student_of(teacher)
     distill(copy.deepcopy(start), teacher, rows(), work_dir=tmp_path, transfer=transfer_options())
-    with pytest.raises(UserError, match=r"--learning_rate was 0.01 and is 0.5|learning_rate"):
+    with pytest.raises(UserError, match=r"--learning-rate was 0.01 and is 0.5"):
         distill(
             copy.deepcopy(start), teacher, rows(), work_dir=tmp_path, resume=True,
             transfer=transfer_options(learning_rate=0.5),
@@ -125,8 +126,31 @@ def test_resume_refuses_another_run(teacher, tmp_path) -> None:
         next(other.parameters())[0, 0] += 1
     with pytest.raises(UserError, match="other weights"):
         distill(other, teacher, rows(), work_dir=tmp_path, resume=True, transfer=transfer_options())
+    changed = copy.deepcopy(teacher)
+    with torch.no_grad():
+        next(changed.parameters())[0, 0] += 1
+    with pytest.raises(UserError, match="learned from another teacher"):
+        distill(copy.deepcopy(start), changed, rows(), work_dir=tmp_path, resume=True, transfer=transfer_options())
+    with pytest.raises(UserError, match="read other text"):
+        distill(
+            copy.deepcopy(start), teacher, rows(seed=1), work_dir=tmp_path, resume=True, transfer=transfer_options()
+        )
+    wider = convert(teacher, "linear", window=10, sinks=1)
+    with pytest.raises(UserError, match="other weights"):
+        distill(wider, teacher, rows(), work_dir=tmp_path, resume=True, transfer=transfer_options())
     with pytest.raises(UsageError, match="--resume"):
         distill(start, teacher, rows(), resume=True)
+
+
+def test_a_damaged_record_is_said_before_anything_is_trained(teacher, tmp_path, monkeypatch) -> None:
+    student_of(teacher).save_pretrained(tmp_path / "student")
+    (tmp_path / "student" / "linearize.json").write_text("{")
+    monkeypatch.setattr(StageTrainer, "training_step", lambda *args, **kwargs: pytest.fail("it trains"))
+    with pytest.raises(UserError, match="not valid JSON"):
+        distill(
+            str(tmp_path / "student"), teacher, rows(), tokenizer=letters(), output=tmp_path / "out", stage="transfer"
+        )
+    assert not (tmp_path / "out.work").exists()
 
 
 def test_the_output_is_a_converted_folder_with_its_history(teacher, tmp_path) -> None:

@@ -376,6 +376,25 @@ def test_a_missing_folder_is_refused(place, two, begun) -> None:
         resumed(place, two, begun)
 
 
+def test_a_missing_folder_is_not_made_anew(place, two, begun) -> None:
+    """Nothing lies behind it that tells; what was begun or had ended would go on from another student."""
+    work = begun.with_name("out.work")
+    shutil.rmtree(work / "2-near")
+    with pytest.raises(UserError, match=r"the folder of a stage is missing: .*2-near"):
+        resumed(place, two, begun)
+    (work / "recipe.json").unlink()
+    shutil.rmtree(work / "1-convert")
+    (work / "2-near.work").mkdir()
+    with pytest.raises(UserError, match=r"the folder of a stage is missing: .*1-convert"):
+        resumed(place, two, begun)
+
+
+def test_a_run_that_is_complete_says_so(place, two, begun, straight) -> None:
+    shutil.copytree(straight / "out", begun)
+    with pytest.raises(UsageError, match="its run is complete, and there is nothing to resume"):
+        resumed(place, two, begun)
+
+
 def test_another_teacher_is_refused(place, two, begun) -> None:
     with pytest.raises(UserError, match="another teacher"):
         resumed(place, two, begun, teacher="other")

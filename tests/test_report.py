@@ -30,12 +30,18 @@ EVALUATION = {
 def student(tmp_path):
     folder = tmp_path / "student"
     folder.mkdir()
-    first = {"stage": "convert", "mixer": "gla", "tokens": 0, "time": "2026-01-01", "command": "linearize convert <m>"}
+    first = {
+        "stage": "convert",
+        "mixer": "gla",
+        "tokens": 0,
+        "time": "2026-01-01",
+        "command": "linearize convert '<m>'",
+    }
     record = {
         "stage": "transfer",
         "tokens": 4096,
-        "dataset": "text.jsonl",
-        "command": "linearize distill",
+        "dataset": "/home/me/text.jsonl",
+        "command": "linearize distill /home/me/student",
         "history": [first],
     }
     (folder / "linearize.json").write_text(json.dumps(record))
@@ -72,10 +78,11 @@ def test_one_file_holds_everything(student, tmp_path):
         "How to load it",
     ]
     assert text.count("<svg") == 6
+    assert "/home/" not in text and "text.jsonl" in text and "linearize distill student" in text
     assert "<td>student</td><td>12.5</td><td>1.042</td><td>0.0531</td><td>0.41</td>" in text
     assert "<td>linear branch off</td><td>15</td><td>1.25</td><td>0.2</td><td>4</td>" in text
     assert "<td>questions.jsonl</td><td>80</td><td>0.43</td><td>0.4</td>" in text
-    assert "linearize convert &lt;m&gt;" in text and "<m>" not in text
+    assert "linearize convert &#x27;&lt;m&gt;&#x27;" in text and "<m>" not in text
     assert "/somewhere" not in text  # nothing of the machine that measured
     assert not re.search(r"(src|href)=\"(?!#|data:)", text.replace("xlink:href", "href"))  # it needs no other file
     assert report(student, evaluation=judged, overwrite=True).read_text() == text

@@ -76,7 +76,7 @@ def convert_folder(
         UserError, UsageError: the model cannot be converted, an option is out of range, `out` exists, a full disk.
     """
     check_mixer(to)
-    texts = () if calibrate_on is None else TextSource.parse(calibrate_on).files
+    texts = () if calibrate_on is None else TextSource.parse(calibrate_on, "--calibrate").files
     path = check_new(out, overwrite=overwrite, reads=(*read_for(source), *texts))
     if not _SIZE.fullmatch(max_shard_size):
         raise UsageError(f"--max-shard-size: {max_shard_size!r} is no size; give one such as 5GB or 500MB")

@@ -117,7 +117,7 @@ def distill(
     device = _loading_device(chosen[kinds[0]].device)
     student, tokenizer = _loaded_student(student, tokenizer, dtype, device)
     teacher = _loaded_teacher(teacher, dtype, device)
-    before = folder_of(student, _HISTORY) if output is not None else None
+    before = _before(student, output)
     from . import stages
 
     def data(of: TrainOptions) -> Dataset[Item]:
@@ -188,7 +188,7 @@ def finetune(
     place = _place(output, work_dir, resume, overwrite, recipe)
     processes.start(chosen.device)
     student, tokenizer = _loaded_student(student, tokenizer, dtype, _loading_device(chosen.device))
-    before = folder_of(student, _HISTORY) if output is not None else None
+    before = _before(student, output)
     from . import stages
 
     base = Path(student.name_or_path)
@@ -252,6 +252,15 @@ def _checked(output: str | Path | None, overwrite: bool, dataset: str | Dataset[
     files = TextSource.parse(dataset).files if isinstance(dataset, str) else ()
     names = [name for model in models for name in read_for(model)]
     return None if output is None else check_new(output, overwrite=overwrite, reads=(*names, *files))
+
+
+def _before(student: Any, output: Path | None) -> Path | None:
+    """The student's folder, whose record OUT's goes on from. Raises UserError, and not when all is trained, where that
+    cannot be read."""
+    before = folder_of(student, _HISTORY) if output is not None else None
+    if before is not None:
+        provenance.read(before)
+    return before
 
 
 def _loading_device(device: str | None) -> str:

@@ -34,7 +34,7 @@ from .parameters import cache_setting_kept, check_pair, own_memory, trainable_na
 from .stepwise import teacher_attention
 from .trainer import StageTrainer
 from .transfer import TransferTrainer
-from .work import LOG_FILE, Place, open_work, start_hash
+from .work import LOG_FILE, Place, open_work, start_hash, text_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,7 @@ def _train(
     room = room_of(student, teacher)
     check_room(room, f"--max-length {length}", length, f"give at most {room}")
     max_steps = steps_for(dataset, options)
+    text = text_hash(dataset, length_of(dataset))
     dataset = with_repeats(dataset, options)
     stage = place.recipe.name if place.recipe else trainer_class.title
     if any(not attention.mixer.window for _, attention in student.mixer_layers()):
@@ -84,6 +85,8 @@ def _train(
     run = {
         "stage": stage,
         "start": start,
+        "teacher": None if teacher is None else start_hash(teacher),
+        "text": text,
         "steps": max_steps,
         "sequences": length_of(dataset),
         "options": options.record(),

@@ -35,7 +35,7 @@ from .options import TrainOptions
 from .pace import Pace
 from .parameters import HALF, optimizer_groups
 from .tally import Figure, Tally
-from .work import LOG_FILE, TRAINABLE_FILE, check_state, checkpoint_step, full_disk_said, unreadable
+from .work import LOG_FILE, TRAINABLE_FILE, check_state, checkpoint_step, full_disk_said, last_checkpoint, unreadable
 
 
 class StageTrainer(Trainer):
@@ -213,7 +213,8 @@ class StageTrainer(Trainer):
         return ""
 
     def stop_not_finite(self, what: str) -> None:
-        kept = f" The last checkpoint is kept in {self.folder}." if self.args.save_strategy != "no" else ""
+        last = last_checkpoint(self.folder)
+        kept = "" if last is None else f" The last checkpoint is kept: {last}."
         raise UserError(
             f"{what} at step {self.state.global_step + 1}: lower --learning-rate or lengthen --warmup.{kept}"
         )

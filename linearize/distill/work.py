@@ -23,6 +23,12 @@ TRAINABLE_FILE = "trainable.safetensors"
 TRAINER_STATE = "trainer_state.json"  # transformers' name for it
 # a checkpoint may be read on other hardware and saved or logged at another pace
 _FREE = ("save_steps", "log_steps", "device", "compile", "cuda_graph")
+# what a run is of, and what is said of one that is of another
+_OTHERS = {
+    "start": "started from other weights: resume it with the same STUDENT",
+    "teacher": "learned from another teacher: resume it with the same one",
+    "text": "read other text: resume it with the same data set and its options",
+}
 
 
 def _anew(folder: Path) -> str:
@@ -52,11 +58,24 @@ class Place:
 
 
 def start_hash(model: nn.Module) -> str:
-    """Names, shapes and the first values of every parameter: tells another start from this one at once."""
+    """Names, shapes and the first values of every parameter, and how a student is built: tells another start, or
+    another teacher, from this one at once."""
     digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    built = [getattr(config, name, None) for name in ("layers", "mixer_options")]
+    digest.update(json.dumps(built, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().flatten()[:16].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def text_hash(dataset: Any, count: int) -> str:
+    """Of a few of `count` rows, spread over all: tells another text, or other sequences of it, from these."""
+    digest = hashlib.sha256()
+    for index in sorted({(count - 1) * part // 7 for part in range(8)}):
+        for name, tensor in sorted(dataset[index].items()):
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -110,16 +129,14 @@ def clear(folder: Path) -> None:
 
 def _check_same_run(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(now))
-    if before.get("start") != now.get("start"):
-        raise UserError(
-            f"{folder} belongs to a run that started from other weights: resume it with the same STUDENT, "
-            f"or remove {folder} to start this stage anew"
-        )
+    for key, said in _OTHERS.items():
+        if before.get(key) != now.get(key):
+            raise UserError(f"{folder} belongs to a run that {said}, or remove {folder} to start this stage anew")
     changed = [
-        f"{where}{key} was {old.get(key)!r} and is {new.get(key)!r}"
+        f"{where}{key.replace('_', '-')} was {old.get(key)!r} and is {new.get(key)!r}"
         for where, old, new in (("", before, now), ("--", before.get("options", {}), now.get("options", {})))
         for key in sorted(set(old) | set(new))
-        if key not in (*_FREE, "options", "start") and old.get(key) != new.get(key)
+        if key not in (*_FREE, *_OTHERS, "options") and old.get(key) != new.get(key)
     ]
     if changed:
         raise UserError(

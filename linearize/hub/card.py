@@ -7,9 +7,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from .. import public
 from ..convert.show import ranges, size
 from ..evaluate.variants import STUDENT, TEACHER
-from . import front_matter, public
+from . import front_matter
 from .facts import Facts, data_name, on_hub
 from .markdown import duration, number, picture, plain, table
 from .pictures import loss_picture

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import modeling
+from .. import modeling, public
 from ..errors import UsageError, UserError
 from ..json_files import as_written
 from ..version import __version__
-from . import front_matter, public
+from . import front_matter
 from .card import card, is_generated
 from .facts import Facts, gather
 from .files import CARD, CONFIG, PICTURES, Belongings, collect, is_stale

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..public import CACHED
 from . import front_matter
-from .public import CACHED
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What a student has from its teacher, and a card's reader must know.

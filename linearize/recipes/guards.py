@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ def _same_teacher(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return dict(before) == dict(now)
 
 
+def check_there(folders: Sequence[Path], ended: Collection[str], done: int) -> None:
+    """Raises UserError where a stage that had ended, or that a begun one goes on from, is not among the first `done` of
+    `folders`: what comes next would be made from something else. The last has become OUT, which may be removed."""
+    for folder, later in list(pairwise(folders))[done:]:
+        if folder.name in ended or later.with_name(f"{later.name}.work").is_dir():
+            raise UserError(_missing(folder))
+
+
+def _missing(folder: Path) -> str:
+    return f"the folder of a stage is missing: {folder}. Put it back, or pass --overwrite to start anew"
+
+
 def check_handover(
     folders: Sequence[Path],
     specs: Sequence[Mapping[str, Any]],
@@ -65,9 +78,7 @@ def check_handover(
     before = ""
     for folder, spec in list(zip(folders, specs, strict=True))[:done]:
         if not folder.is_dir():
-            raise UserError(
-                f"the folder of a stage is missing: {folder}. Put it back, or pass --overwrite to start anew"
-            )
+            raise UserError(_missing(folder))
         record = provenance.read(folder) or {}
         told = record.get("recipe")
         if not isinstance(told, dict):

@@ -107,6 +107,8 @@ def run_recipe(
     texts = [stage.dataset for stage in chosen.stages] + [chosen.convert.get("calibrate_on")]
     files = [file for text in texts if text is not None for file in TextSource.parse(text).files]
     reads = (*read_for(source), *files, find(recipe))
+    if resume and not overwrite and "recipe" in (provenance.read(Path(os.path.expanduser(output))) or {}):
+        raise UsageError(f"-o/--out: {output} is whole: its run is complete, and there is nothing to resume")
     out = check_new(output, overwrite=overwrite, reads=reads)
     parse_dtype(dtype)
     for stage in chosen.stages:
@@ -187,6 +189,7 @@ class _Run:
                     f"{self.work} holds the stages of another recipe ({', '.join(strangers)}), this one has "
                     f"{', '.join(self._names())}: resume with the same recipe, or pass --overwrite to start anew"
                 )
+            guards.check_there(self.folders, self.state["stages"], self.done)
             guards.check_handover(self.folders, self.specs, self.teacher_identity, self.hashes(), self.done)
 
     def _names(self) -> list[str]:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .. import provenance
+from .. import provenance, public
 from ..errors import UsageError, UserError
 from ..json_files import as_written, read_lines, read_object
 from . import pictures
@@ -51,6 +51,7 @@ def report(
     )
     if judged is not None and "perplexity" not in judged:
         raise UserError(f"--evaluation: {evaluation or EVALUATION} is not what `linearize eval MODEL --json` prints")
+    record, judged = public.record(record), public.record(judged)
     losses = read_lines(folder / LOSSES) if (folder / LOSSES).is_file() else []
     scores, calibration = _json(folder / SCORES), _json(folder / CALIBRATION)
     with as_written(folder):

@@ -1,4 +1,4 @@
-"""What goes up says nothing of this machine: paths are cut to their last part, and a token is refused.
+"""What others will read says nothing of this machine: paths are cut to their last part, and a token is refused.
 
 Records and results are text that anyone will read; weights, tokenizer and code go up as they are.
 """
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..rows import SUFFIXES
+from .errors import UserError
+from .rows import SUFFIXES
 
 # A folder of the Hub's cache tells the model and its commit.
 CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})/?")
