@@ -305,10 +305,12 @@ def _place(
 def _clear_work(place: Place, work_dir: str | Path | None, results: list[StageResult]) -> None:
     """Removes what these stages left in `OUT.work`, where something of a person's own may lie too."""
     if work_dir is None and place.folder is not None and processes.is_main():
-        for folder in (*(place.folder / result.stage for result in results), place.folder):
+        for result in results:
             with suppress(OSError):
-                clear(folder)
-                folder.rmdir()
+                clear(place.folder / result.stage)
+                (place.folder / result.stage).rmdir()
+        with suppress(OSError):
+            place.folder.rmdir()
 
 
 def _name(model: Any) -> str:
