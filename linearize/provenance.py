@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shlex
 import struct
@@ -48,7 +49,7 @@ def record(
         **facts,
     }
     if parent is not None:
-        path = Path(parent).expanduser() if parent_folder is None else parent_folder
+        path = Path(os.path.expanduser(parent)) if parent_folder is None else parent_folder
         made["parent"] = str(parent)
         made |= {} if parent_revision is None else {"parent_revision": parent_revision}
         made["parent_hash"] = parent_hash(path) if path.exists() else None

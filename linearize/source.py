@@ -320,7 +320,7 @@ def _remote(src: ModelSource) -> dict[str, Any]:
 
 def _resolve(src: ModelSource) -> _Place:
     """Where the source is. Downloads the file when it is a GGUF on the Hub."""
-    path = Path(src.model).expanduser()
+    path = Path(os.path.expanduser(src.model))
     if path.is_dir():
         return _resolve_folder(src, path)
     if path.is_file():
