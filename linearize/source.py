@@ -302,11 +302,11 @@ def parse_device(device: str | torch.device) -> torch.device:
     except RuntimeError as error:
         raise UsageError(f"--device: {device!r} is no device; try cpu or cuda") from error
     try:
-        torch.empty(1, device=found)
+        # with its number: safetensors takes "cuda" for the first, whichever one this process is to use
+        return torch.empty(1, device=found).device
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(f"--device: {device} cannot be used here ({first}); pass --device cpu") from error
-    return found
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

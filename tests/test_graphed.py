@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import shake, tiny_teacher
 from distilling import LENGTH, rows, weights
 from families import teacher_of
 from recorder import Recorder, recorder_into
+from transformers import masking_utils
 
 from linearize.convert import convert
 from linearize.distill import distill, graphed, stages
@@ -176,6 +178,11 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("device", ON_A_GPU)
 def test_a_gpu_trains_alike(mixer_name, stage, device, counted, recwarn):
     on_a_gpu(tiny_teacher(), stage, mixer_name, counted, device)
+    # "mixing" reads the teacher's weights from eager attention, whose mask waited for a copy up to transformers 5.17
+    waits = stage == "mixing" and "torch.tensor(0.0" in inspect.getsource(masking_utils.eager_mask)
+    if waits:
+        assert not counted and [warning for warning in recwarn if "without CUDA graphs" in str(warning.message)]
+        return
     assert not [warning for warning in recwarn if "without CUDA graphs" in str(warning.message)]
     assert len(counted) == 1
 

@@ -146,14 +146,19 @@ class StepGraph:
 @contextmanager
 def as_recorded() -> Iterator[None]:
     """Inside, every row is taken for one document without a look at its positions, by the swapped layers and by
-    transformers, which would make a mask as large as the batch's attention weights where it cannot look."""
+    transformers. That takes a recording for tracing, and would make a mask as large as the batch's attention weights
+    where a plain step has none: another kernel, and another program of `--compile`."""
+    others: dict[str, Any] = {
+        "find_packed_sequence_indices": lambda position_ids: None,
+        "is_tracing": lambda tensor=None: torch.compiler.is_compiling(),
+    }
     with ExitStack() as stack:
         stack.enter_context(whole_rows())
-        name = "find_packed_sequence_indices"
-        before: Any = getattr(masking_utils, name, None)
-        if before is not None:
-            setattr(masking_utils, name, lambda position_ids: None)
-            stack.callback(setattr, masking_utils, name, before)
+        for name, other in others.items():
+            before: Any = getattr(masking_utils, name, None)
+            if before is not None:
+                setattr(masking_utils, name, other)
+                stack.callback(setattr, masking_utils, name, before)
         yield
 
 

@@ -104,7 +104,6 @@ def _train(
             checkpoint = Path(found) if found else None
         stack.enter_context(cache_setting_kept(student.config))
         stack.enter_context(training_only(model, names))
-        together.same_start(parameter for parameter in model.parameters() if parameter.requires_grad)
         if teacher is not None:
             stack.enter_context(_evaluating(teacher))
         trainer = trainer_class(
@@ -119,6 +118,8 @@ def _train(
             title=stage,
             watch=place.recipe.watch if place.recipe else None,
         )
+        # on the device of this process, where the trainer has put it
+        together.same_start(parameter for parameter in model.parameters() if parameter.requires_grad)
         if trainer.isolated:
             with trainer.autocast():
                 for model in (student, teacher):

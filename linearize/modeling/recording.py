@@ -29,6 +29,9 @@ def record(function: Callable[[], Any], device: torch.device) -> tuple[Callable[
     """
     graph = torch.cuda.CUDAGraph()
     stream = stream_of(device)
+    with torch.cuda.device(device):
+        numbers = torch.cuda.default_generators[torch.cuda.current_device()]
+    kept = numbers.clone_state()
     stream.wait_stream(torch.cuda.current_stream(device))
     collects = gc.isenabled()
     gc.disable()  # what the collector frees on the device would spoil the recording
@@ -40,6 +43,8 @@ def record(function: Callable[[], Any], device: torch.device) -> tuple[Callable[
             except BaseException:
                 with suppress(RuntimeError):  # which says less than what broke it off
                     _end(graph)
+                if graph in _broken:  # the random numbers would wait for a recording that never ends
+                    numbers.graphsafe_set_state(kept)
                 raise
             _end(graph)
     finally:
