@@ -39,7 +39,8 @@ def recordings(monkeypatch):
 
 def trained(teacher, data, stage, mixer="linear", cuda_graph=False, device="cpu", **options):
     """The log of a run and the student's weights after it."""
-    student = shake(convert(teacher, mixer, window=8, sinks=1)).to(device)
+    # from the CPU: what a mixer draws at random is drawn where the teacher is
+    student = shake(convert(teacher.to("cpu"), mixer, window=8, sinks=1)).to(device)
     settings = {"batch_size": 2, "max_length": LENGTH, "log_steps": 1, "warmup": 0.0, "device": device, **options}
     if stage == "logits":
         settings.setdefault("gradient_checkpointing", False)  # which a CPU has by itself
