@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+from tables_aims import aims_table
 from tables_quality import glance_table, keep_table, quality_table, recipes_table, starts_table
 from tables_speed import beside_table, kernels_table, lengths_table, model_table
 
@@ -23,6 +24,7 @@ TABLES = {
     "beside": (FRONT, beside_table, "kernels-h200.json"),
     "model": (FRONT, model_table, "model-h200.json"),
     "quality": (ALL, quality_table, "quality-smollm2.json"),
+    "aims": (ALL, aims_table, "quality-smollm2.json"),
     "starts": (ALL, starts_table, "quality-smollm2.json"),
     "keep": (ALL, keep_table, "keep-scores-smollm2.json"),
     "kernels": (ALL, kernels_table, "kernels-h200.json"),

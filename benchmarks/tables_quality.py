@@ -31,10 +31,10 @@ def keep_table(data: dict[str, Any]) -> list[str]:
 
 
 def quality_table(data: dict[str, Any]) -> list[str]:
-    """A line a student of ours, the best of its learning rates, by what stays softmax."""
+    """A line a student of ours, at the recipe's own learning rates, by what stays softmax."""
     best: dict[tuple[str, int], dict[str, Any]] = {}
     for row in data["rows"]:
-        if "error" in row or row["recipe"] != "default":
+        if "error" in row or row["recipe"] != "default" or row.get("rate", 1) != 1:
             continue
         name = student_name(row), round(row["tokens"] / 1e5)
         if name not in best or merit(row) < merit(best[name]):
@@ -139,9 +139,12 @@ def recipes_table(data: dict[str, Any]) -> list[str]:
             continue
         tried.setdefault((*equal_cost(row), row["recipe"], student_name(row)), []).append(row)
     tokens = {round(row["tokens"] / 1e6) for rows in tried.values() for row in rows}
+    theirs = {key[3] for key in tried}
+    searched = {student_name(row) for row in data["rows"] if row["recipe"] == "default" and row.get("rate", 1) != 1}
     for row in data["rows"]:
         ours = row["recipe"] == "default" and "rate" in row and round(row["tokens"] / 1e6) in tokens
         ours = ours and not any(name.endswith(".share") for name in row["settings"])  # nor the ablations
+        ours = ours and student_name(row) in theirs | searched  # others are in the table of all students
         if ours and equal_cost(row) in {cost[:2] for cost in tried}:
             tried.setdefault((*equal_cost(row), "default", student_name(row)), []).append(row)
     lines = ["| recipe | student | learning rates | perplexity / teacher's | KL | recall loss |", "|---" * 6 + "|"]
