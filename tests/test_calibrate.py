@@ -79,6 +79,44 @@ def test_a_head_that_does_the_work_is_chosen():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("method", ["gradient", "induction"])
+def test_half_precision_is_scored_in_fp32_on_a_cpu(method):
+    """bf16 kernels are several times slower there; the scores are those of the same weights in fp32."""
+    tied = tiny_teacher(dtype=torch.bfloat16, tie_word_embeddings=True)
+    before = {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in tied.state_dict().items()}
+    options = {"window": WINDOW, "sinks": 1, "method": method}
+    found = measure(tied, ids(4, 24), Wanted(False, 1), **options)
+    assert before == {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in tied.state_dict().items()}
+    assert found.scores == measure(tied.float(), ids(4, 24), Wanted(False, 1), **options).scores
+
+
+def test_half_precision_is_calibrated_in_fp32_on_a_cpu():
+    teacher = tiny_teacher(dtype=torch.bfloat16)
+    rows, options = ids(6, 32), CalibrateOptions(sequences=6, length=32, passes=1)
+    student = convert(teacher, "gla", window=WINDOW, calibrate_on=rows, calibrate_options=options)
+    half = convert(teacher, "gla", window=WINDOW).bfloat16()  # as one that was loaded
+    started = {name: tensor.clone() for name, tensor in half.state_dict().items()}
+    calibrate(half, teacher, rows, options)
+    wide = convert(teacher.float(), "gla", window=WINDOW, calibrate_on=rows, calibrate_options=options)
+    assert student.calibration.trace == wide.calibration.trace
+    for name, tensor in wide.state_dict().items():
+        assert torch.equal(student.state_dict()[name].float(), tensor), name
+        assert half.state_dict()[name].dtype == torch.bfloat16
+    changed = {name for name, tensor in started.items() if not torch.equal(half.state_dict()[name], tensor)}
+    assert len(changed) > 4 and all(".mixer." in name for name in changed)
+
+
+def test_widened_tensors_need_memory(monkeypatch):
+    from linearize.calibrate import widened as module
+
+    model = tiny_teacher(dtype=torch.bfloat16)
+    with module.widened(model):
+        assert model.dtype == torch.float32
+    monkeypatch.setattr(module, "_free_memory", lambda: 1000.0)
+    with module.widened(model):
+        assert model.dtype == torch.bfloat16
+
+
 def test_induction_is_the_attention_to_what_followed():
     teacher, tokens = tiny_teacher(), ids(2, 24)
     found = measure(teacher, tokens, Wanted(False, 2), window=WINDOW, sinks=1, method="induction")

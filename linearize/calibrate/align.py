@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ..distill.layer_pass import attention_pairs, transfer_pass
 from ..distill.parameters import training_only
@@ -28,7 +29,7 @@ def align(student: Any, teacher: Any, batches: Sequence[Tensor], *, passes: int,
     with training_only(student, names):
         trained = [parameter for name, parameter in student.named_parameters() if name in names]
         optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-        for step in range(steps):
+        for step in logging.tqdm(range(steps), desc="aligning"):
             losses: list[Tensor] = []
 
             def on_loss(layer: int, loss: Tensor, losses: list[Tensor] = losses) -> None:

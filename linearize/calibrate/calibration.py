@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ..errors import UsageError, UserError
 from ..modeling import LinearizeForCausalLM, branch_off
@@ -16,6 +17,7 @@ from .capture import Seen, attentions_of, watch
 from .closed_form import start_from_batch, start_from_statistics
 from .fidelity import Fidelity, fidelity
 from .statistics import HeadStatistics, StatisticsOf
+from .widened import widened
 
 MOST_SEQUENCES = 64
 # Rows that gains, scales and temperatures are fitted on, and rows held out for the report.
@@ -114,21 +116,9 @@ def calibrate(
     used, held = rows[:-HELD_OUT], [rows[-HELD_OUT:]]
     batches = list(used.split(options.batch_size))
 
-    reports = {"uncalibrated": fidelity(student, teacher, held)}
-    alone: dict[int, Fidelity] | None = None
-    if all(attention.mixer.window for attention in attentions.values()):
-        with branch_off(student, "linear"):
-            alone = fidelity(student, teacher, held)
-    found = _statistics(teacher, attentions, batches)
-    before = _parameters(attentions)
-    for layer, attention in attentions.items():
-        start_from_statistics(attention, found[layer])
-    watch(teacher, attentions, used[:FITTED], lambda layer, seen: start_from_batch(attentions[layer], seen))
-    reports["closed_form"] = fidelity(student, teacher, held)
-    best = _keep_better(attentions, before, reports["uncalibrated"], reports["closed_form"])
-    before = _parameters(attentions)
-    trace = align(student, teacher, batches, passes=options.passes, learning_rate=rate)
-    reports["calibrated"] = _keep_better(attentions, before, best, fidelity(student, teacher, held))
+    own = [parameter for attention in attentions.values() for parameter in attention.mixer.parameters()]
+    with widened(teacher, student, trained=own):
+        reports, alone, found, trace = _calibrated(student, teacher, attentions, batches, held, options)
     student.eval()
     layers = [
         LayerReport(
@@ -143,6 +133,34 @@ def calibrate(
     return Calibration(layers, trace, used.numel(), round(time.monotonic() - started, 1), options)
 
 
+def _calibrated(
+    student: Any,
+    teacher: Any,
+    attentions: dict[int, Any],
+    batches: list[Tensor],
+    held: list[Tensor],
+    options: CalibrateOptions,
+) -> tuple[dict[str, dict[int, Fidelity]], dict[int, Fidelity] | None, dict[int, HeadStatistics], list[float]]:
+    """The fidelity of each step and of the windows alone, the teacher's statistics, and the alignment's losses."""
+    fitted, rate = torch.cat(batches)[:FITTED], options.learning_rate or LEARNING_RATE
+    reports = {"uncalibrated": fidelity(student, teacher, held)}
+    alone: dict[int, Fidelity] | None = None
+    if all(attention.mixer.window for attention in attentions.values()):
+        with branch_off(student, "linear"):
+            alone = fidelity(student, teacher, held)
+    found = _statistics(teacher, attentions, batches)
+    before = _parameters(attentions)
+    for layer, attention in attentions.items():
+        start_from_statistics(attention, found[layer])
+    watch(teacher, attentions, fitted, lambda layer, seen: start_from_batch(attentions[layer], seen))
+    reports["closed_form"] = fidelity(student, teacher, held)
+    best = _keep_better(attentions, before, reports["uncalibrated"], reports["closed_form"])
+    before = _parameters(attentions)
+    trace = align(student, teacher, batches, passes=options.passes, learning_rate=rate)
+    reports["calibrated"] = _keep_better(attentions, before, best, fidelity(student, teacher, held))
+    return reports, alone, found, trace
+
+
 def _statistics(teacher: Any, attentions: dict[int, Any], batches: list[Tensor]) -> dict[int, HeadStatistics]:
     sums = {
         layer: StatisticsOf(attention.anatomy, attention.mixer.window, attention.mixer.sinks)
@@ -152,7 +170,7 @@ def _statistics(teacher: Any, attentions: dict[int, Any], batches: list[Tensor])
     def add(layer: int, seen: Seen) -> None:
         sums[layer].add(seen)
 
-    for ids in batches:
+    for ids in logging.tqdm(batches, desc="calibrating"):
         watch(teacher, attentions, ids, add)
     return {layer: total.found() for layer, total in sums.items()}
 

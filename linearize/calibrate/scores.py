@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ..distill.losses import IGNORED, head_losses, head_of, prove_head
 from ..errors import UsageError
@@ -25,6 +26,7 @@ from ..surgery.keep import Wanted, heads_text
 from .capture import attentions_of, watch
 from .probe import probe_of
 from .statistics import probabilities
+from .widened import widened
 
 METHODS = ("gradient", "induction")
 # Points of the way from the window alone to the teacher: the fall is steepest at its beginning.
@@ -69,11 +71,12 @@ def measure(
     anatomies = [attention.anatomy for _, attention in probe.mixer_layers()]
     unbounded = [anatomy.window is None for anatomy in anatomies]
     assert any(unbounded), "parse_auto refuses such a teacher"
-    if method == "induction":
-        scores = _induction(teacher, probe, passages)
-        chosen = _best(scores, [], wanted, unbounded)
-    else:
-        scores, chosen = _gradient(teacher, probe, passages, wanted, unbounded)
+    with widened(teacher, probe):
+        if method == "induction":
+            scores = _induction(teacher, probe, passages)
+            chosen = _best(scores, [], wanted, unbounded)
+        else:
+            scores, chosen = _gradient(teacher, probe, passages, wanted, unbounded)
     return Scores(
         method=method,
         scores=[[None if x != x else round(x, 6) for x in row] for row in scores.tolist()],
@@ -125,7 +128,7 @@ def _induction(teacher: Any, probe: Any, passages: Tensor) -> Tensor:
         found = p[:, row - length, row - length + 1].mean(-1)
         sums[layer] = sums[layer] + found if layer in sums else found
 
-    for passage in passages:
+    for passage in logging.tqdm(passages, desc="scoring"):
         watch(teacher, attentions, passage.repeat(2)[None], add)
     rows = [sums[layer].unflatten(0, (attentions[layer].anatomy.num_kv_heads, -1)).amax(1) for layer in sorted(sums)]
     return (torch.stack(rows) / len(passages)).cpu()
@@ -145,6 +148,7 @@ def _gradient(
     bounded = torch.tensor([not free for free in unbounded])
     first: Tensor | None = None
     chosen: list[Pair] = []
+    bar = logging.tqdm(total=ROUNDS * len(POINTS) * len(targets), desc="scoring")
     for turn in range(1, ROUNDS + 1):
         total = torch.zeros(len(gates), gates[0].numel(), dtype=torch.float64)
         base = torch.zeros(len(gates), groups)
@@ -166,10 +170,12 @@ def _gradient(
                 )
                 for layer, slope in enumerate(torch.autograd.grad(kl, gates)):
                     total[layer] -= slope.double().cpu() / (len(POINTS) * rows.numel())
+                bar.update()
         scores = total.unflatten(1, (groups, -1)).sum(-1)
         scores[bounded] = float("nan")
         first = scores if first is None else first
         part = replace(wanted, count=-(-wanted.count * turn // ROUNDS))
         chosen = _best(scores, chosen, part, unbounded)
+    bar.close()
     assert first is not None
     return first, chosen
