@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from .chat import render
 from .errors import UsageError, UserError
+from .memory import free_memory
 from .rows import MESSAGES, Row, Rows, TextSource, field_of, load_rows
 
 __all__ = ["PackedDataset", "TextSource", "load_rows", "pack", "read_tokens"]
@@ -24,6 +25,7 @@ IGNORE = -100
 # Longer documents are tokenised in pieces, so that a corpus in one file need not be tokenised whole.
 _PIECE = 200_000  # characters
 _BATCH = 250_000  # characters in one call of the tokenizer
+_BYTES = 5  # of a packed token: its id, and whether a document starts
 _STREAM_BUFFER = 1000  # documents that a streamed data set is shuffled among
 
 
@@ -111,6 +113,11 @@ def pack(
         raise UsageError(f"--max-length must be at least 2, got {length}")
     if tokens is not None and tokens < length:
         raise UsageError(f"--tokens {tokens} is less than one sequence of --max-length {length}")
+    if tokens is not None and tokens * _BYTES > free_memory():
+        raise UserError(
+            f"--tokens {tokens:,}: packed, they take {tokens * _BYTES / 2**30:,.1f} GiB of host memory, and "
+            f"{free_memory() / 2**30:,.1f} GiB are free; give fewer"
+        )
     name, rows = _open(data, text_field, streaming=tokens is not None)
     stream = _Stream(rows, tokenizer, seed=seed, text_field=text_field, name=name, repeat=tokens is not None)
     stream.least = 1 if stream.conversations else length

@@ -171,9 +171,8 @@ def calibrate_options(command: Command) -> Command:
         click.option(
             "--keep-score",
             type=click.Choice(["gradient", "induction"]),
-            default="gradient",
-            show_default=True,
-            help="How --keep-softmax auto scores: the share of the KL that it brings back, or attention to repeats.",
+            help="How --keep-softmax auto scores: the share of the KL that it brings back, or attention to repeats.  "
+            "[default: gradient]",
         ),
         click.option("--calibrate-passes", type=int, help="Passes of the short alignment, 0 for none.  [default: 4]"),
         click.option("--calibrate-length", type=int, help="Tokens of a sequence.  [default: 1024]"),

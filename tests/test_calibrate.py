@@ -112,7 +112,7 @@ def test_widened_tensors_need_memory(monkeypatch):
     model = tiny_teacher(dtype=torch.bfloat16)
     with module.widened(model):
         assert model.dtype == torch.float32
-    monkeypatch.setattr(module, "_free_memory", lambda: 1000.0)
+    monkeypatch.setattr(module, "free_memory", lambda: 1000.0)
     with module.widened(model):
         assert model.dtype == torch.bfloat16
 
@@ -172,7 +172,9 @@ def test_plan_counts_what_auto_leaves():
     assert plan(config, "linear", keep_softmax="heads:auto:10%").kv_bytes_per_token == whole // 10
     half = plan(config, "linear", keep_softmax="auto:5")
     assert half.kv_bytes_per_token == whole // 2 and half.placeholder == "auto:5"
-    assert "auto:5: measured at the conversion" in format_plan(half)
+    assert "auto:5: 50.0% of the KV bytes, measured at the conversion" in format_plan(half)
+    least = plan(config, "linear", keep_softmax="heads:auto:0.1%")  # a key group is the least there is
+    assert "heads:auto:0.1%: 5.0% of the KV bytes" in format_plan(least)
     assert plan(config, "linear", keep_softmax="every:2").placeholder is None
 
 
@@ -406,6 +408,29 @@ def test_convert_writes_what_it_measured(tmp_path, monkeypatch):
         and "--calibrate: there is no file nowhere.jsonl" in again.output
         and not (tmp_path / "b").exists()
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--calibrate-sequences", "8"], "--calibrate-sequences is for --calibrate DATASET"),
+        (["--keep-score", "induction"], "--keep-score is for --keep-softmax auto"),
+        (["--keep-softmax", "heads:auto:100%", "--calibrate", "text.txt"], "nothing to calibrate"),
+        (["--keep-softmax", "0,1", "--calibrate", "text.txt", "--dry-run"], "nothing to calibrate"),
+    ],
+)
+def test_flags_that_would_do_nothing(flags, said, tmp_path, monkeypatch) -> None:
+    from click.testing import CliRunner
+
+    from linearize.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the quick brown fox\n" * 50)
+    tiny_teacher(num_hidden_layers=2).save_pretrained("teacher")
+    letters().save_pretrained("teacher")
+    done = CliRunner().invoke(main, ["convert", "teacher", "--to", "linear", "-o", "out", *flags])
+    assert done.exit_code == 2 and said in done.stderr, done.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_bounded_heads_leave_every_layer_a_mixer() -> None:

@@ -254,6 +254,11 @@ def test_a_tokenizer_without_an_end(tmp_path):
         pack([{"text": "abc"}], tokenizer, length=2)
 
 
+def test_more_tokens_than_memory_holds_are_refused_at_once():
+    with pytest.raises(UserError, match=r"--tokens 100,000,000,000,000: packed, they take 465,661.3 GiB"):
+        pack(texts(8), letters(), length=4, tokens=10**14)
+
+
 def test_first_tokens_in_the_files_own_order():
     assert text_of(read_tokens(texts(9), letters(), tokens=11)) == "000<end>001<end>002"
     assert len(read_tokens(texts(2), letters(), tokens=100)) == 8

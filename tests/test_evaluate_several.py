@@ -165,11 +165,12 @@ def test_what_was_asked_for_has_its_columns():
         "tasks": {"squad": {"student": 0.125, "teacher": 0.375, "items": 8, "kind": "answers"}},
     }
     off = {key: value for key, value in result(0.3, 2.0, 0).items() if key in ("perplexity", "kl", "recall")}
-    lines = format_results({"a": result(0.1, 1.0, 1000, linear_off=off, **extra)}).splitlines()
+    *lines, note = format_results({"a": result(0.1, 1.0, 1000, linear_off=off, **extra)}).splitlines()
     assert lines[0].endswith("kv@512  agreement  squad") and "9000" not in lines[0]
     teacher, student, variant = (line.split()[-3:] for line in lines[2:])
     assert (teacher, student, variant) == (["0.875", "1.000", "0.375"], ["0.250", "0.500", "0.125"], ["-"] * 3)
     assert len({len(line) for line in lines}) == 1
+    assert note == "kv@9000: none, longer than"
 
 
 def test_the_table_of_the_command(place):

@@ -290,6 +290,21 @@ def test_the_command_line_runs_and_a_dry_run_writes_nothing(place, two, tmp_path
     assert wrong.exit_code == 2 and "did you mean 'repeats'" in wrong.stderr and not (tmp_path / "new.work").exists()
 
 
+@pytest.mark.parametrize("keep", ["auto:2", "heads:auto:100%", "0,1"])
+@pytest.mark.parametrize("calibrate", [True, False])
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_recipe_that_would_train_nothing_is_refused_before_it_measures(
+    place, two, tmp_path, monkeypatch, keep, calibrate, dry
+) -> None:
+    from linearize.convert import calibrated
+
+    monkeypatch.setattr(calibrated, "measure", None)  # which takes minutes
+    sets = [f"--set=convert.keep_softmax={keep}", f"--set=convert.calibrate={calibrate}".lower()]
+    done = CliRunner().invoke(cli.main, command(place, two, tmp_path / "out", *sets, *dry))
+    assert done.exit_code == 2 and ("leaves no layer" in done.stderr or "nothing to calibrate" in done.stderr)
+    assert not list(tmp_path.glob("out*/*"))
+
+
 # stopping and going on
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+
+from ..memory import free_memory
 
 HALVES = (torch.bfloat16, torch.float16)
 # Of the memory that is free: activations need some, too.
@@ -25,7 +26,7 @@ def widened(*models: nn.Module, trained: Collection[nn.Parameter] = ()) -> Itera
     for tensor in chain.from_iterable(chain(model.parameters(), model.buffers()) for model in models):
         if tensor.device.type == "cpu" and tensor.dtype in HALVES:
             held[id(tensor)] = tensor, tensor.data
-    if sum(2 * data.nbytes for _, data in held.values()) > _MOST * _free_memory():
+    if sum(2 * data.nbytes for _, data in held.values()) > _MOST * free_memory():
         held = {}
     wide: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}
     for tensor, data in held.values():
@@ -40,11 +41,3 @@ def widened(*models: nn.Module, trained: Collection[nn.Parameter] = ()) -> Itera
             if name in changed:
                 data.copy_(tensor.data)
             tensor.data = data
-
-
-def _free_memory() -> float:
-    """Bytes; without end where the system does not say."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return float("inf")

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..errors import UsageError
 from ..flags import calibrate_options, given, model_options, run_options, swap_options
 from .group import main
 from .shared import command_line, flags_of, print_json, quiet, source_of, swap_of
@@ -103,6 +104,11 @@ def convert_verb(
     source = source_of(model, options)
     swap = swap_of(options)
     named = {name: options.pop(f"calibrate_{name}") for name in ("sequences", "length", "passes")}
+    if options["calibrate_on"] is None and given(named):
+        raise UsageError(f"--calibrate-{next(iter(given(named)))} is for --calibrate DATASET, which is not given")
+    if options["keep_score"] is not None and "auto" not in (swap["keep_softmax"] or ""):
+        raise UsageError("--keep-score is for --keep-softmax auto:... or heads:auto:..., which is not given")
+    options["keep_score"] = options["keep_score"] or "gradient"
     options["calibrate_options"] = CalibrateOptions(seed=options["seed"], **given(named))
     made = convert_folder(source, to, out, device=device, dry_run=dry_run, command=command_line(), **options, **swap)
     if as_json:

@@ -87,6 +87,8 @@ def convert_folder(
     if calibrate_on is not None:
         options["mixer_options"] = calibrated_options(to, options.get("mixer_options"))
     planned = plan(config, to, **options)
+    if calibrate_on is not None and not planned.swapped:
+        raise UsageError("--calibrate: every layer stays softmax, so there is nothing to calibrate")
     if dry_run:
         return planned
     began = time.monotonic()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..modeling import LinearizeForCausalLM
+from ..modeling import SOFTMAX, LinearizeForCausalLM
 from ..source import load_config
 from ..surgery.anatomy import meta_model, read_anatomy
 from ..surgery.bytes import cache_bytes
@@ -56,6 +56,11 @@ class Plan:
     convert: dict[str, Any]
     distill: dict[str, Any]
     placeholder: str | None = None  # an `auto` that nothing has measured yet: `layers` shows as many, evenly spread
+
+    @property
+    def swapped(self) -> int:
+        """Layers that get a mixer."""
+        return sum(layer.index >= 0 and layer.mixer != SOFTMAX for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -56,7 +56,9 @@ def format_plan(plan: Plan, *, tensors: bool = True) -> str:
         tokens = more / (plan.kv_bytes_per_token_teacher - plan.kv_bytes_per_token)
         lines.append(f"smaller than the teacher's cache from {tokens:,.0f} tokens on")
     if plan.placeholder is not None:
-        lines.append(f"{plan.placeholder}: measured at the conversion; below as many, evenly spread")
+        left = plan.kv_bytes_per_token / plan.kv_bytes_per_token_teacher
+        told = f"{left:.1%} of the KV bytes, " if left else ""
+        lines.append(f"{plan.placeholder}: {told}measured at the conversion; below as many, evenly spread")
     memory, seconds = plan.convert["memory_bytes"], plan.convert["seconds"]
     lines.append(f"convert           about {size(memory)}, {seconds:.0f} s ({plan.convert['assumes']})")
     loaded = size(plan.convert["memory_bytes_loaded"])

@@ -60,7 +60,19 @@ def format_results(results: Mapping[str, Result], *, equal_bytes: bool = False) 
             for variant, label in LABELS.items():
                 if result.get(variant) is not None:
                     line(label.format(name), result[variant], STUDENT, None, {})
-    return format_table(rows)
+    return "\n".join([format_table(rows), *_skipped(results)])
+
+
+def _skipped(results: Mapping[str, Result]) -> list[str]:
+    """What was asked for and is no column: a length of retrieval that no student was made for."""
+    told = {
+        entry["context"]: entry["skipped"]
+        for result in results.values()
+        for entry in result.get("retrieval") or ()
+        if entry.get("skipped")
+    }
+    shown = _extras(results)
+    return [f"kv@{context}: none, {why}" for context, why in told.items() if f"kv@{context}" not in shown]
 
 
 def figures(result: Result, role: str = STUDENT) -> dict[str, float | None]:

@@ -263,19 +263,16 @@ class _Run:
         partial = folder.with_name(f".{folder.name}")
         if not dry_run:
             shutil.rmtree(partial, ignore_errors=True)
-        options = self.recipe.conversion()
-        convert_folder(
-            self.source,
-            options.pop("to"),
-            partial,
-            dtype=self.dtype,
-            device=self.device,
-            dry_run=dry_run,
-            command=self.command,
-            **options,
-        )
+        options = self.recipe.conversion() | {"dtype": self.dtype, "device": self.device, "command": self.command}
+        planned = convert_folder(self.source, options.pop("to"), partial, dry_run=True, **options)
+        if self.recipe.stages and not planned.swapped:
+            raise UsageError(
+                f"the recipe {self.recipe.name} trains mixers, and convert.keep_softmax "
+                f"{self.recipe.convert.get('keep_softmax')} leaves no layer one: keep fewer"
+            )
         if dry_run:
             return
+        convert_folder(self.source, self.recipe.convert["to"], partial, **options)
         record = provenance.read(partial) or {}
         provenance.write(partial, {**record, **self._facts(0, partial)})
         partial.rename(folder)
