@@ -7,8 +7,11 @@ import re
 
 import pytest
 from click.testing import CliRunner
+from conftest import tiny_teacher
+from test_data import letters
 
 from linearize.cli import main
+from linearize.convert.show import size
 from linearize.errors import UsageError, UserError
 from linearize.report import report
 
@@ -86,6 +89,38 @@ def test_one_file_holds_everything(student, tmp_path):
     assert "/somewhere" not in text  # nothing of the machine that measured
     assert not re.search(r"(src|href)=\"(?!#|data:)", text.replace("xlink:href", "href"))  # it needs no other file
     assert report(student, evaluation=judged, overwrite=True).read_text() == text
+
+
+def test_a_whole_student_is_described_beside_its_teacher(tmp_path, monkeypatch):
+    """Its table has parameters, state and KV bytes without an evaluation; one of several students side by side will
+    do, and other students' will not."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    tiny_teacher(num_hidden_layers=2).save_pretrained("teacher")
+    letters().save_pretrained("teacher")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    words = ["convert", "teacher", "--to", "gla", "-o", "student", "--keep-softmax", "heads:0.0,0.1,1.2,1.3"]
+    words += ["--calibrate", "text.txt", "--calibrate-length", "32", "--calibrate-sequences", "4"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    text = report("student").read_text()
+    rows = dict(re.findall("<tr><td>(.*?)</td><td>(.*?)</td></tr>", text[: text.index("<h2>Stages")]))
+    assert rows["mixer gla"] == "layers 0-1" and rows["teacher"].startswith("teacher, a local folder")
+    assert "of them new" in rows["parameters"] and "2 of 4 key groups" in rows["stays softmax"]
+    made = json.loads(CliRunner().invoke(main, ["plan", "teacher", *words[2:4], *words[6:8], "--json"]).stdout)
+    state, kv = (size(made[name]) for name in ("state_bytes_per_sequence", "kv_bytes_per_token"))
+    assert rows["a sequence holds"].startswith(f"a state of {state}, and {kv} of KV a token")
+    assert "teacher&#x27;s entropy" in text or "teacher's entropy" in text
+
+    costs = {"kv_bytes_per_token": 512, "kv_bytes_per_token_teacher": 1024, "state_bytes": 2048}
+    several = {"students": {"other": EVALUATION, "some/student": {**EVALUATION, **costs, "kl": 0.125}}}
+    (tmp_path / "several.json").write_text(json.dumps(several))
+    text = report("student", evaluation="several.json", overwrite=True).read_text()
+    assert "<th>KV a token</th><th>state</th>" in text and "<td>0.125</td>" in text
+    assert f"<td>{size(1024)}</td><td>-</td>" in text and f"<td>{size(512)}</td><td>{size(2048)}</td>" in text
+    (tmp_path / "several.json").write_text(json.dumps({"students": {"other": EVALUATION}}))
+    with pytest.raises(UserError, match="alone or beside other students"):
+        report("student", evaluation="several.json", overwrite=True)
 
 
 def test_what_is_missing_is_left_out(student):

@@ -52,16 +52,38 @@ def scores_figure(found: Found) -> Any:
 
 
 def calibration_figure(found: Found) -> Any:
-    """Error of each layer's attention output at each step of the calibration."""
-    figure, axes = _axes(7.5, 3.6)
-    layers = [row["layer"] for row in found["layers"]]
+    """By layer: error and cosine of the attention output at each step of the calibration; of the teacher's attention
+    each head's entropy, and the half-lives of what it reads past the window."""
+    from matplotlib.figure import Figure
+
+    rows = found["layers"]
+    layers = [row["layer"] for row in rows]
+    heads = [
+        ("entropy, nats", [(row.get("attention") or {}).get("entropy") or [] for row in rows]),
+        ("half-life, tokens", [row.get("half_lives") or [] for row in rows]),
+    ]
+    measured = any(values for _, points in heads for values in points)
+    figure = Figure(figsize=(9, 6.4 if measured else 3.4), layout="constrained")
+    panels = figure.subplots(2 if measured else 1, 2, sharex=True, squeeze=False)
+    error, cosine = panels[0]
     for name, label, colour in LINES:
-        if found["layers"][0][name] is not None:
-            axes.plot(layers, [row[name]["relative_error"] for row in found["layers"]], label=label, color=colour)
-    axes.set_ylim(0, min(2.0, axes.get_ylim()[1]))
-    axes.set_xlabel("layer")
-    axes.set_ylabel("|student - teacher| / |teacher|")
-    axes.set_title("attention output on the teacher's own inputs", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+        if rows[0][name] is not None:
+            error.plot(layers, [row[name]["relative_error"] for row in rows], label=label, color=colour)
+            cosine.plot(layers, [row[name]["cosine"] for row in rows], label=label, color=colour)
+    error.set_ylim(0, min(2.0, error.get_ylim()[1]))
+    error.set_ylabel("|student - teacher| / |teacher|")
+    error.legend(fontsize=8)
+    cosine.set_ylim(top=1.0)
+    cosine.set_ylabel("cosine")
+    for axes, (label, points) in zip(panels[-1] if measured else (), heads, strict=bool(measured)):
+        for layer, values in zip(layers, points, strict=True):
+            axes.plot([layer] * len(values), values, ".", color="#555555", markersize=4)
+        axes.set_ylabel(f"teacher's {label}")
+    if measured:
+        panels[-1][1].set_yscale("log")
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+    for axes in panels[-1]:
+        axes.set_xlabel("layer")
+    figure.suptitle("attention output on the teacher's own inputs, and the teacher's attention", fontsize=10)
     return figure

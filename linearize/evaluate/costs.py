@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import UserError
+from ..modeling import LinearizeConfig, LinearizeForCausalLM
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,19 @@ class Costs:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def costs_of(folder: Path) -> Costs | None:
+    """The bytes of the converted model in a folder, from its config alone; None for what is none, or of a family that
+    transformers does not have."""
+    try:
+        config = LinearizeConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model: Any = LinearizeForCausalLM(config)
+            model.to(config.dtype or torch.float32)
+    except Exception:  # of any damaged or foreign config: it is told of where the model is loaded
+        return None
+    return costs(model)
 
 
 def costs(model: Any) -> Costs:

@@ -8,21 +8,21 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from .. import public
-from ..convert.show import ranges, size
 from ..evaluate.variants import STUDENT, TEACHER
 from . import front_matter
 from .facts import Facts, data_name, on_hub
 from .markdown import duration, number, picture, plain, table
 from .pictures import loss_picture
 from .results import evaluations, not_measured, speed, without_gain
+from .student import student_rows
 
 MARK = "<!-- written by linearize push; without this line the card is yours, and is never replaced -->"
 Row = Mapping[str, Any]
 _BEFORE_TRAINING = {
     "keep_scores.png": "What each key group was measured to bring back, before any training; framed: what stays "
     "softmax.",
-    "calibration.png": "Error of each layer's attention output at the conversion, on text held out of the calibration, "
-    "before any training.",
+    "calibration.png": "Error and cosine of each layer's attention output at the conversion, on text held out of the "
+    "calibration, before any training; below, entropy and half-lives of the teacher's attention, a point a head.",
 }
 
 
@@ -86,26 +86,10 @@ def _results(facts: Facts) -> list[EvalResult]:
 
 def _opening(facts: Facts, repo: str) -> str:
     mixers = " and ".join(f"`{name}`" for name in facts.mixers) or "no mixer"
-    rows: list[Sequence[Any]] = [("", ""), ("teacher", _teacher(facts))]
-    rows += [(f"mixer `{name}`", f"layers {', '.join(ranges(layers))}") for name, layers in facts.mixers.items()]
-    options = {name: value for name, value in facts.options.items() if name not in ("window", "sinks")}
-    if facts.mixers:
-        rows.append(("window, keys of exact softmax", facts.options.get("window", "not recorded")))
-        rows.append(("sinks, first tokens always visible", facts.options.get("sinks", "not recorded")))
-    if options:
-        rows.append(("other options of the mixer", ", ".join(f"{name} {value}" for name, value in options.items())))
-    rows.append(("stays softmax", _kept(facts)))
-    rows.append(("parameters", f"{facts.parameters:,}, of them new {facts.new_parameters:,}; {facts.dtype}"))
-    for judged in facts.measured.evaluations.values():
-        if judged.get("state_bytes") is not None and judged.get("kv_bytes_per_token") is not None:
-            theirs = judged.get("kv_bytes_per_token_teacher")
-            told = f"a state of {size(judged['state_bytes'])}, and {size(judged['kv_bytes_per_token'])} of KV a token"
-            told += f" (the teacher's: {size(theirs)})" if theirs is not None else ""
-            rows.append(("a sequence holds", told))
-            break
+    rows = student_rows(facts, _named(facts))
     return (
         f"# {repo.rpartition('/')[2]}\n\n{_named(facts)} with its softmax attention swapped for {mixers} by "
-        f"linearize: linear-time mixers that start from the original weights.\n\n{table(rows)}"
+        f"linearize: linear-time mixers that start from the original weights.\n\n{table([('', ''), *rows])}"
     )
 
 
@@ -114,38 +98,6 @@ def _named(facts: Facts) -> str:
     if teacher.hub_id is not None:
         return f"[{teacher.hub_id}](https://huggingface.co/{teacher.hub_id})"
     return f"`{plain(teacher.name)}`" if teacher.name else "A transformer whose name was not recorded,"
-
-
-def _teacher(facts: Facts) -> str:
-    teacher = facts.teacher
-    if teacher.name is None:
-        return "not recorded"
-    parts = [_named(facts)]
-    if teacher.gguf_file:
-        parts.append(f"its {public.cut(teacher.gguf_file)}")
-    if teacher.hub_id is not None:
-        parts.append(f"revision {teacher.revision}" if teacher.revision else "revision not recorded")
-        if teacher.commit and teacher.commit != teacher.revision:
-            parts[-1] = f"revision {teacher.revision or 'main'} (commit {teacher.commit})"
-    else:
-        parts.append("a local folder" + (f", sample hash {teacher.hash[:16]}" if teacher.hash else ""))
-    return ", ".join(parts)
-
-
-def _kept(facts: Facts) -> str:
-    kept = facts.kept
-    parts = []
-    if kept.layers:
-        parts.append(f"layers {', '.join(ranges(kept.layers))}")
-    if kept.heads:
-        names = ", ".join(f"{layer}.{head}" for layer, heads in kept.heads.items() for head in heads)
-        seen = "" if kept.window is None else f", which see the last {kept.window:,} keys"
-        parts.append(f"query heads {names} (layer.head){seen}")
-    if not parts:
-        return "nothing beside the window"
-    scores = facts.measured.scores
-    chosen = f", chosen by measured scores ({plain(str(scores.get('method')))})" if scores else ""
-    return f"{'; '.join(parts)}: {kept.groups} of {kept.groups_in_all} key groups have a KV cache{chosen}"
 
 
 def _limits(facts: Facts) -> str:

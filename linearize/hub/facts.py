@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import provenance
 from ..checkpoint_files import check_safetensors
+from ..evaluate.costs import Costs, costs_of
 from ..rows import SUFFIXES
 from .files import TOKENIZERS, Belongings
 from .measured import Measured
@@ -60,6 +61,7 @@ class Facts:
     kept: Kept
     parameters: int
     new_parameters: int
+    costs: Costs | None
     dtype: str
     stages: list[Stage]
     recipe: dict[str, Any] | None
@@ -89,6 +91,7 @@ def gather(folder: Path, belongings: Belongings) -> Facts:
         kept=_kept(config, mixers.get(SOFTMAX, [])),
         parameters=sum(sizes.values()),
         new_parameters=sum(size for name, size in sizes.items() if _MIXER in name),
+        costs=costs_of(folder),
         dtype=str(config.get("dtype") or "unknown dtype"),
         stages=[stage for entry in chain for stage in _stages(entry, belongings.measured.losses)],
         recipe=next((entry["recipe"] for entry in reversed(chain) if isinstance(entry.get("recipe"), dict)), None),

@@ -47,7 +47,7 @@ def read(name: str, there: Mapping[str, Path]) -> Measured:
         elif path == CALIBRATION:
             found.calibration = read_object(there[path])
         elif _EVALUATION.fullmatch(path):
-            judged = _judged(read_object(there[path]), name)
+            judged = about(read_object(there[path]), name)
             if judged is None:
                 found.refused[path] = "not what `linearize eval` printed about this folder"
                 continue
@@ -78,8 +78,8 @@ def _is_bench(results: Row, path: str) -> bool:
     return all(name in results for name in (*known, *own)) and isinstance(results["rows"], list)
 
 
-def _judged(results: Row, name: str) -> Row | None:
-    """The result about the folder called `name`, of one evaluation or of several side by side."""
+def about(results: Row, name: str) -> Row | None:
+    """What `eval --json` printed about the folder called `name`, alone or beside others; None for something else."""
     students = results.get("students")
     if isinstance(students, dict):
         own = [judged for student, judged in students.items() if Path(student).name == name]

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import provenance, public
+from ..convert.show import size
 from ..errors import UsageError, UserError
+from ..hub.facts import gather
+from ..hub.files import collect
+from ..hub.measured import about
+from ..hub.student import student_rows
 from ..json_files import as_written, read_lines, read_object
 from . import pictures
 from .page import Section, page
@@ -49,13 +54,17 @@ def report(
         if evaluation is not None
         else _json(folder / EVALUATION)
     )
-    if judged is not None and "perplexity" not in judged:
-        raise UserError(f"--evaluation: {evaluation or EVALUATION} is not what `linearize eval MODEL --json` prints")
+    if judged is not None and (judged := about(judged, folder.resolve().name)) is None:
+        raise UserError(
+            f"--evaluation: {evaluation or EVALUATION} is not what `linearize eval {folder} --json` prints, alone or "
+            "beside other students"
+        )
+    student = _student(folder)
     record, judged = public.record(record), public.record(judged)
     losses = read_lines(folder / LOSSES) if (folder / LOSSES).is_file() else []
     scores, calibration = _json(folder / SCORES), _json(folder / CALIBRATION)
     with as_written(folder):
-        text = page(_title(folder, record), record, _sections(record, losses, scores, calibration, judged))
+        text = page(_title(folder, record), record, _sections(student, record, losses, scores, calibration, judged))
     part = target.with_name(f".{target.name}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -81,7 +90,18 @@ def _json(path: Path, *, named: bool = False) -> dict[str, Any] | None:
     return read_object(path)
 
 
+def _student(folder: Path) -> list[list[str]]:
+    """What the converted model is; nothing of an adapter, or of a folder that is not whole."""
+    try:
+        facts = gather(folder, collect(folder))
+    except UserError:
+        return []
+    named = public.cut(facts.teacher.name or "not recorded")
+    return [["", ""], *([what.replace("`", ""), str(value)] for what, value in student_rows(facts, named))]
+
+
 def _sections(
+    student: list[list[str]],
     record: dict[str, Any],
     losses: list[dict[str, Any]],
     scores: dict[str, Any] | None,
@@ -89,7 +109,7 @@ def _sections(
     judged: dict[str, Any] | None,
 ) -> list[Section]:
     """What there is, in the order in which a reader asks for it."""
-    found: list[Section] = []
+    found = [Section("The student", student)] if student else []
     if judged is not None:
         found.append(Section("What it cost", _evaluation_table(judged), text=_measured_on(judged)))
         if judged.get("by_position"):
@@ -104,9 +124,15 @@ def _sections(
         found.append(Section(f"Loss: {stage}", picture=pictures.loss(own)))
     if scores is not None:
         kept = f"{len(scores['chosen'])} key groups stay softmax, framed; measured by {scores['method']}"
+        if scores["method"] == "gradient":
+            kept += ". The colours are the first round's; each next round measured what is left beside those chosen"
         found.append(Section("What stays softmax", text=kept, picture=pictures.scores(scores)))
     if calibration is not None:
-        text = "Error of each layer's attention output on the teacher's own inputs, on text held out of the calibration"
+        text = (
+            "Each layer's attention output beside the teacher's, on the teacher's own inputs and text held out of the "
+            "calibration; below, the teacher's attention by layer, a point a head: its entropy, and the half-lives "
+            "that follow from how far past the window it looks"
+        )
         found.append(Section("Fidelity by layer", text=text, picture=pictures.fidelity(calibration)))
     return found
 
@@ -127,12 +153,20 @@ VARIANTS = (
 
 
 def _evaluation_table(judged: dict[str, Any]) -> list[list[str]]:
-    rows = [["", "perplexity", "ratio", "KL", "recall"]]
+    names = ("kv_bytes_per_token", "state_bytes")
+    costed = all(judged.get(name) is not None for name in names)
+
+    def held(end: str) -> list[str]:
+        values = [judged.get(f"{name}{end}") for name in names]
+        return ["-" if value is None else size(value) for value in values] if costed else []
+
+    rows = [["", "perplexity", "ratio", "KL", "recall", *(["KV a token", "state"] if costed else [])]]
     if judged["perplexity"].get("teacher") is not None:
         teacher = judged["perplexity"]["teacher"], 1.0, 0.0, (judged.get("recall") or {}).get("teacher")
-        rows.append(["teacher", *map(_number, teacher)])
-    rows.append(["student", *_figures(judged)])
-    rows += [[label, *_figures(judged[name])] for name, label in VARIANTS if judged.get(name)]
+        rows.append(["teacher", *map(_number, teacher), *held("_teacher")])
+    rows.append(["student", *_figures(judged), *held("")])
+    blank = [""] * len(held(""))
+    rows += [[label, *_figures(judged[name]), *blank] for name, label in VARIANTS if judged.get(name)]
     return rows
 
 
