@@ -115,6 +115,8 @@ def test_bad_files(tmp_path, lines, message):
 def test_bad_names(tmp_path, monkeypatch):
     file = write_lines(tmp_path / "cats.jsonl", CHOICES)
     (tmp_path / "notes.md").write_text("a")
+    task = tmp_path / "task.yaml"
+    task.write_text("task: mine\n")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"a" * 100)[:20])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for spec, message in (
@@ -122,7 +124,9 @@ def test_bad_names(tmp_path, monkeypatch):
         (tmp_path / "notes.md", "unknown kind"),
         (tmp_path / "cut.jsonl.gz", "is truncated"),
         (f"{file},{file}", "two tasks are named cats"),
-        ("hellaswag", "pip install lm-eval"),
+        ("hellaswag", r"pip install 'linearize\[tasks\]'"),
+        (task, r"is a task of lm-eval's, which needs: pip install 'linearize\[tasks\]'"),
+        (tmp_path / "none.yaml", "there is no file"),
     ):
         with pytest.raises(UserError, match=message):
             read_tasks(str(spec), 300)
@@ -143,10 +147,13 @@ def test_names_go_to_lm_eval(monkeypatch):
         figures = {"alias": tasks[0], "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.25}
         return {"results": {tasks[0]: figures}, "n-samples": {tasks[0]: {"original": 90, "effective": 7}}}
 
-    modules = {name: ModuleType(name) for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface")}
+    modules = {
+        name: ModuleType(name) for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface", "lm_eval.tasks")
+    }
     modules["lm_eval"].simple_evaluate = simple_evaluate
     modules["lm_eval"].__spec__ = importlib.machinery.ModuleSpec("lm_eval", None)
     modules["lm_eval.models.huggingface"].HFLM = SimpleNamespace
+    modules["lm_eval.tasks"].TaskManager = SimpleNamespace
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     student, teacher = tiny_teacher(), other_teacher()
@@ -166,8 +173,38 @@ def test_names_go_to_lm_eval(monkeypatch):
         (student, ["piqa"], 7),
         (teacher, ["piqa"], 7),
     ]
-    with pytest.raises(UserError, match="nonsense is no local file, and lm-eval cannot run it either"):
+    with pytest.raises(UserError, match="lm-eval cannot run nonsense: "):
         evaluate(student, None, tasks="nonsense", **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "is no YAML"), ("- task", "names no task"), ("dataset_path: json", "names no task")]
+)
+def test_bad_files_of_lm_evals_kind(tmp_path, monkeypatch, text, message):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_tasks(str(tmp_path / "mine.yaml"), 300)
+
+
+def test_lm_eval_itself_runs_a_local_task(tmp_path):
+    """The package, on a task in a folder of one's own: the accuracy that our own choices give."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'linearize[tasks]'")
+    own = write_lines(tmp_path / "own.jsonl", CHOICES)
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    test: {own}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{context}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: gold\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n"
+        "process_docs: !function tools.same\n"
+    )
+    (tmp_path / "tools.py").write_text("def same(docs):\n    return docs\n")
+    student, teacher = tiny_teacher(), other_teacher()
+    options = {"tokenizer": letters(), "dataset": TEXT, **SMALL}
+    found = evaluate(student, teacher, tasks=[f"{tmp_path / 'mine.yaml'}", str(own)], **options)["tasks"]
+    assert found["mine"]["kind"] == "lm-eval" and found["mine"]["metric"] == "acc"
+    for name in ("student", "teacher", "items"):
+        assert found["mine"][name] == pytest.approx(found["own"][name]), name
 
 
 @pytest.mark.parametrize("items", [CHOICES, QUESTIONS])

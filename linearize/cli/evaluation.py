@@ -28,7 +28,12 @@ from .shared import print_json, quiet, source_of
 @click.option("--retrieval-contexts", default="512", show_default=True, help="Lengths to find facts in; 0 for none.")
 @click.option("--retrieval-items", type=int, default=32, show_default=True, help="Questions at each length.")
 @click.option("--agreement-prompts", type=int, default=16, show_default=True, help="Greedy texts to compare; 0: none.")
-@click.option("--tasks", default="", metavar="TASK,...", help="Local .jsonl files, or names of lm-eval's tasks.")
+@click.option(
+    "--tasks",
+    default="",
+    metavar="TASK,...",
+    help="Local .jsonl files, names of lm-eval's tasks, or .yaml files of its kind.",
+)
 @click.option("--task-items", type=int, default=300, show_default=True, help="Items of each task.")
 @click.option("--equal-bytes", is_flag=True, help="Order by bytes held; star the best at equal bytes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
@@ -11,27 +12,31 @@ from ..errors import UserError
 _METRICS = ("acc", "exact_match", "em", "contains", "f1", "mc2", "bleu", "word_perplexity")
 
 
-def run_harness(model: Any, tokenizer: Any, name: str, items: int, batch_size: int) -> dict[str, Any]:
-    """One task on the first `items` of its documents: `score`, the `metric` that it is, `items`, and `normalised` where
-    lm-eval gives an accuracy by length too.
+def run_harness(
+    model: Any, tokenizer: Any, name: str, items: int, batch_size: int, folder: Path | None = None
+) -> dict[str, Any]:
+    """One task, of lm-eval's or of the files in `folder`, on the first `items` of its documents: `score`, the `metric`
+    that it is, `items`, and `normalised` where lm-eval gives an accuracy by length too.
 
     Raises:
         UserError: lm-eval does not know the task, cannot have its data, or gives no figure.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     try:
         found = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=[name],
+            task_manager=None if folder is None else TaskManager(include_path=str(folder)),
             limit=items,
             bootstrap_iters=0,
             log_samples=False,
         )
     except Exception as error:  # lm-eval's own are of every kind
         line = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise UserError(f"--tasks: {name} is no local file, and lm-eval cannot run it either: {line}") from error
+        raise UserError(f"--tasks: lm-eval cannot run {name}: {line}") from error
     found = found or {}
     told = found.get("results", {}).get(name) or found.get("groups", {}).get(name) or {}
     figures = {

@@ -2,6 +2,8 @@
 
 {"context": ..., "question": ..., "answers": [...]}   an answer is to be generated
 {"context": ..., "choices": [...], "gold": 0}         the likeliest choice is to be the right one
+
+A .yaml file is a task of lm-eval's own kind, which runs it.
 """
 
 from __future__ import annotations
@@ -16,19 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..errors import UsageError, UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
+_YAML = (".yaml", ".yml")
 ANSWERS, CHOICES, HARNESS = "answers", "choices", "lm-eval"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task by name. `rows` are its items, none for one of lm-eval's own."""
+    """A task by name. `rows` are its items, none for one of lm-eval's, which its user's `folder` may hold."""
 
     name: str
     kind: str
     rows: list[dict[str, Any]]
+    folder: Path | None = None
 
 
 def read_tasks(specs: str | Sequence[str | Task], items: int) -> list[Task]:
@@ -61,15 +67,42 @@ def read_tasks(specs: str | Sequence[str | Task], items: int) -> list[Task]:
 def _task(part: str, items: int) -> Task:
     file = Path(os.path.expanduser(part))
     if file.is_file():
+        if part.endswith(_YAML):
+            _need_harness(f"{part} is a task of lm-eval's, which needs")
+            return Task(_yaml_name(file), HARNESS, [], file.resolve().parent)
         if not part.endswith(SUFFIXES):
-            raise UserError(f"--tasks: {part} is of an unknown kind; there are {', '.join(SUFFIXES)}")
+            raise UserError(f"--tasks: {part} is of an unknown kind; there are {', '.join((*SUFFIXES, *_YAML))}")
         rows = _rows(file, items)
         return Task(file.name.removesuffix(".gz").removesuffix(".jsonl"), _kind(rows[0]) or "", rows)
-    if file.is_dir() or part.endswith(SUFFIXES) or part.startswith((".", "/", "~")):
+    if file.is_dir() or part.endswith((*SUFFIXES, *_YAML)) or part.startswith((".", "/", "~")):
         raise UserError(f"--tasks: there is no file {part}; check the path")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"--tasks: {part} is no local file, and tasks of the Hub need: pip install lm-eval")
+    _need_harness(f"{part} is no local file, and tasks of the Hub need")
     return Task(part, HARNESS, [])
+
+
+def _need_harness(why: str) -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"--tasks: {why}: pip install 'linearize[tasks]', or lm-eval")
+
+
+class _Names(yaml.SafeLoader):
+    """Reads what stands in a task's file; what lm-eval makes of its tags, such as !function, is nothing here."""
+
+
+_Names.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def _yaml_name(file: Path) -> str:
+    """The name that a task's file, or that of a group, gives to it."""
+    try:
+        told = yaml.load(file.read_text(encoding="utf-8"), Loader=_Names)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"--tasks: {file} is no YAML that can be read: {' '.join(str(error).split())}") from error
+    keys = told if isinstance(told, dict) else {}
+    name = next((keys[key] for key in ("task", "group") if isinstance(keys.get(key), str)), None)
+    if not name:
+        raise UserError(f"--tasks: {file} names no task: lm-eval's files have a line such as task: {file.stem}")
+    return name
 
 
 def _rows(file: Path, items: int) -> list[dict[str, Any]]:
