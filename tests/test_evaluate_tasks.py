@@ -199,8 +199,8 @@ def test_lm_eval_itself_runs_a_local_task(tmp_path):
         "process_docs: !function tools.same\n"
     )
     (tmp_path / "tools.py").write_text("def same(docs):\n    return docs\n")
-    student, teacher = tiny_teacher(), other_teacher()
-    options = {"tokenizer": letters(), "dataset": TEXT, **SMALL}
+    student, teacher = shake(convert(tiny_teacher(), "gla", window=4)), other_teacher()
+    options = {"tokenizer": letters(), "dataset": TEXT, **SMALL, "branches": False}
     found = evaluate(student, teacher, tasks=[f"{tmp_path / 'mine.yaml'}", str(own)], **options)["tasks"]
     assert found["mine"]["kind"] == "lm-eval" and found["mine"]["metric"] == "acc"
     for name in ("student", "teacher", "items"):
