@@ -54,6 +54,7 @@ CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GemmaConfig", {**USUAL, "head_dim": 32}),
     "gemma2": ("Gemma2Config", {**USUAL, **LOCAL, "head_dim": 16, "attn_logit_softcapping": 5.0}),
     "gemma3_text": ("Gemma3TextConfig", {**USUAL, **LOCAL, "head_dim": 16, "query_pre_attn_scalar": 24}),
+    "gemma3_text+wide": ("Gemma3TextConfig", {**USUAL, **LOCAL, "num_key_value_heads": 1, "head_dim": 256}),  # the 1B's
     "phi": ("PhiConfig", {**USUAL, "partial_rotary_factor": 0.5}),
     "phi+norms": ("PhiConfig", {**USUAL, "partial_rotary_factor": 0.5, "qk_layernorm": True}),
     "phi3": ("Phi3Config", USUAL),
@@ -97,6 +98,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         | {"attention_types": [[["global", "local"], 1]]},
         "attn (GPTNeoAttention)",
     ),
+    "gemma3": ("Gemma3Config", {}, "several parts (text_config, vision_config)"),
+    "gemma3n": ("Gemma3nConfig", {}, "here a 'gemma3n_text'"),
+    "llava": ("LlavaConfig", {}, "here a 'llama'"),
     "mamba": ("MambaConfig", {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2}, "mixer (MambaMixer)"),
 }
 

@@ -51,6 +51,12 @@ def family_of(config: PreTrainedConfig) -> Family:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{model_type!r} is an encoder-decoder; linearize converts decoder-only language models")
+    if (text := config.get_text_config()) is not config:
+        parts = sorted(name for name, part in vars(config).items() if isinstance(part, PreTrainedConfig))
+        raise UserError(
+            f"{model_type!r} is a model of several parts ({', '.join(parts)}); linearize converts language models that "
+            f"stand alone, here a {text.model_type!r}: save that part in a folder of its own, and give that"
+        )
     if model_type in FAMILIES and not getattr(config, "add_cross_attention", False):
         return FAMILIES[model_type]
     known = ", ".join(sorted(FAMILIES))
@@ -73,6 +79,10 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with quiet(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
+    except ImportError as error:
+        raise UserError(
+            f"a model of kind {config.model_type!r} needs more than is installed: {one_line(error, 300)}"
+        ) from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"transformers makes no model of this config ({type(error).__name__}: {one_line(error, 300)}): a number or "
