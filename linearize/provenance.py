@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import struct
+import warnings
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -119,6 +120,27 @@ def parent_hash(path: str | Path) -> str:
                     digest.update(file.read(_PIECE))
         _add_sample(digest, shard)
     return digest.hexdigest()
+
+
+def warn_of_another_teacher(student: Any, teacher: Any) -> None:
+    """A UserWarning where both are on this disk, and the teacher's files are not those that the student's conversion
+    recorded: the same shapes, and perhaps other weights. Nothing for models in memory or on the Hub."""
+    names = [each if isinstance(each, str | Path) else getattr(each, "label", None) for each in (student, teacher)]
+    if not all(isinstance(name, str | Path) for name in names):
+        return
+    folder, path = (Path(os.path.expanduser(str(name))) for name in names)
+    if file := getattr(teacher, "gguf_file", None):
+        path = path / file
+    record = (read(folder) if folder.is_dir() else None) or {}
+    first: dict[str, Any] = next(
+        (entry for entry in [*record.get("history", []), record] if entry.get("stage") == "convert"), {}
+    )
+    if first.get("parent_hash") and path.exists() and parent_hash(path) != first["parent_hash"]:
+        warnings.warn(
+            f"{path} is not the checkpoint that {folder} was converted from ({first.get('parent')}): if it is no other "
+            "form of the same model, the student is held against another teacher",
+            stacklevel=3,
+        )
 
 
 def _places(header: bytes, size: int) -> list[int]:

@@ -395,7 +395,7 @@ def test_convert_writes_what_it_measured(tmp_path, monkeypatch):
     result = CliRunner().invoke(main, command + extra)
     assert result.exit_code == 0 and asked == [None], result.output
     scores = json.loads((out / "keep_scores.json").read_text())
-    assert len(scores["chosen"]) == 1 and len(scores["scores"]) == 2
+    assert len(scores["chosen"]) == 1 and len(scores["scores"]) == 2 and scores["text"] == str(data)
     made = json.loads(result.stdout)
     assert made["kv_bytes_per_token"] * 4 == made["kv_bytes_per_token_teacher"]
     record = json.loads((out / "linearize.json").read_text())

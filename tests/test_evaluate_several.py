@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import gc
 import json
+import warnings
 import weakref
 
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import tiny_teacher
-from test_data import write_lines
+from test_data import letters, write_lines
 from test_evaluate import TEXT
 from transformers import AutoModelForCausalLM, MptConfig, MptForCausalLM
 
 from linearize.cli import main
-from linearize.convert import convert, plan
+from linearize.convert import convert, convert_folder, plan
 from linearize.errors import UsageError
 from linearize.evaluate import evaluate_each, several
 from linearize.evaluate.costs import costs
@@ -153,6 +155,25 @@ def test_equal_bytes_orders_and_stars_within_groups():
     assert lines[2].split()[-2:] == ["100.0", "KiB"] and lines[-1].split()[-2:] == ["14.6", "KiB"]
     plain = format_results(results).splitlines()
     assert [line.split()[0] for line in plain[3:]] == list(results) and "*" not in "".join(plain)
+
+
+def test_another_teacher_than_the_conversions_is_warned_of(tmp_path):
+    teacher = tiny_teacher()
+    for name in ("teacher", "changed"):
+        teacher.save_pretrained(tmp_path / name)
+        letters().save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            teacher.model.layers[0].mlp.up_proj.weight[0] += 1
+    convert_folder(ModelSource(str(tmp_path / "teacher")), "linear", tmp_path / "student", window=4)
+    write_lines(tmp_path / "text.jsonl", TEXT)
+    small = {"context": 32, "sequences": 2, "recall_passages": 2, "recall_length": 12}
+    options = {"dataset": [str(tmp_path / "text.jsonl")], **small}
+    student = ModelSource(str(tmp_path / "student"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*converted from")
+        evaluate_each([student], ModelSource(str(tmp_path / "teacher")), **options)
+    with pytest.warns(UserWarning, match="changed is not the checkpoint that .*student was converted from"):
+        evaluate_each([student], ModelSource(str(tmp_path / "changed")), **options)
 
 
 def test_what_was_asked_for_has_its_columns():

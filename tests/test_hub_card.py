@@ -120,7 +120,7 @@ def test_card_has_what_benchmarks_and_recipes_left(out):
     row = {"model": "student", "batch": 1, "context": 64, "prefill_tokens_per_second": 1234.0, "decode_ms": 2.5}
     row |= {"decode_tokens_per_second": 400.0, "decode_peak_gib": None, "state_bytes": 2048, "kv_bytes": 0}
     ahead = [{"batch": 1, "decode": 64.0, "cache": None}]
-    results = {**header, "rows": [row], "overtakes": ahead, "student": "x", "teacher": "y"}
+    results = {**header, "rows": [row], "overtakes": ahead, "student": str(out), "teacher": "y"}
     (out / "speed").mkdir()
     (out / "speed" / "model.json").write_text(json.dumps(results))
     (out / "speed" / "model.png").write_bytes(b"png")
@@ -141,12 +141,17 @@ def test_card_has_what_benchmarks_and_recipes_left(out):
     assert "](keep_scores.png)" in pushed.card and "](speed/model.png)" in pushed.card
     assert "Recipe `mine|own` (source: linearize)" in pushed.card and "speed." not in pushed.card
     assert {"speed/model.json", "speed/model.png", "kernels.json", "keep_scores.png"} <= set(pushed.files)
+    (out / "speed" / "model.json").write_text(json.dumps({**results, "student": "runs/other"}))
+    pushed = linearize.push(out, REPO, dry_run=True)
+    assert pushed.left_out["speed/model.json"] == "the timing of another student, other"
+    (out / "speed" / "model.json").write_text(json.dumps({**results, "student": "gla (window 64, sinks 1)"}))
+    assert "speed/model.json" in linearize.push(out, REPO, dry_run=True).files  # a config's shapes, random weights
 
 
 def test_figures_that_are_none_are_dashes(out):
     row = {"model": "student", "batch": 1, "context": 64, "decode_ms": None, "decode_tokens_per_second": None}
     row["error"] = "decoding by generate: a token's time is lost in the noise; raise --new-tokens above 2"
-    results = {"hardware": "x", "dtype": "y", "versions": {}, "student": "x", "teacher": "y"}
+    results = {"hardware": "x", "dtype": "y", "versions": {}, "student": str(out), "teacher": "y"}
     results |= {"rows": [row], "overtakes": [{"batch": 1}]}
     (out / "model.json").write_text(json.dumps(results))
     card = linearize.push(out, REPO, dry_run=True).card

@@ -49,6 +49,7 @@ class Scores:
     window: int
     sinks: int
     seconds: float = 0.0
+    text: str | None = None  # where the passages are from: a DATASET, or "embedded"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

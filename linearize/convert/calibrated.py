@@ -101,6 +101,7 @@ def convert(
         scores = measure(
             model, passages, wanted, window=near, sinks=DEFAULT_SINKS if sinks is None else sinks, method=keep_score
         )
+        scores.text = calibrate_on if isinstance(calibrate_on, str) else "embedded" if calibrate_on is None else None
         keep_softmax = scores.keep_softmax
     student = swap(model, to, keep_softmax=keep_softmax, share_memory=share_memory, seed=seed, **settings)
     student.keep_scores = scores

@@ -17,6 +17,7 @@ from ..calibrate.figures import calibration_figure, save, scores_figure
 from ..data import TextSource
 from ..device import chosen_device
 from ..errors import UsageError
+from ..modeling import SOFTMAX
 from ..output import check_new, new_folder, resumed_folder
 from ..quantised import dense
 from ..source import (
@@ -105,6 +106,7 @@ def convert_folder(
             teacher=source.describe() | ({} if commit is None else {"commit": commit}),
             mixer=to,
             mixer_options=made.mixer_options,
+            softmax_layers=[layer.index for layer in made.layers if layer.index >= 0 and layer.mixer == SOFTMAX],
             softmax_heads={layer.index: layer.softmax_heads for layer in made.layers if layer.softmax_heads},
             softmax_window=options.get("keep_window"),
             seed=seed,

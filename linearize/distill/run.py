@@ -114,6 +114,8 @@ def distill(
     output = _checked(output, overwrite, dataset, student, teacher)
     place = _place(output, work_dir, resume, overwrite, recipe)
     processes.start(chosen[kinds[0]].device)
+    if processes.is_main():
+        provenance.warn_of_another_teacher(student, teacher)
     device = _loading_device(chosen[kinds[0]].device)
     student, tokenizer = _loaded_student(student, tokenizer, dtype, device)
     teacher = _loaded_teacher(teacher, dtype, device)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .. import provenance
 from ..errors import UsageError
 from ..rows import TextSource
 from ..source import ModelSource, load_model, load_tokenizer
@@ -49,6 +50,8 @@ def evaluate_each(
     figures: dict[Any, Any] = {}
     for source in students:
         student = load_model(source, dtype=dtype, device=device or "cpu")
+        if teacher is not None:
+            provenance.warn_of_another_teacher(source, teacher)
         if teacher is not None and reference is None:
             reference = load_model(teacher, dtype=dtype, device=device or "cpu")
         results[source.label] = evaluate(
