@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from .chat import render
 from .errors import UsageError, UserError
-from .memory import free_memory
+from .memory import whole_memory
 from .rows import MESSAGES, Row, Rows, TextSource, field_of, load_rows
 
 __all__ = ["PackedDataset", "TextSource", "load_rows", "pack", "read_tokens"]
@@ -113,10 +113,10 @@ def pack(
         raise UsageError(f"--max-length must be at least 2, got {length}")
     if tokens is not None and tokens < length:
         raise UsageError(f"--tokens {tokens} is less than one sequence of --max-length {length}")
-    if tokens is not None and tokens * _BYTES > free_memory():
+    if tokens is not None and tokens * _BYTES > whole_memory():
         raise UserError(
-            f"--tokens {tokens:,}: packed, they take {tokens * _BYTES / 2**30:,.1f} GiB of host memory, and "
-            f"{free_memory() / 2**30:,.1f} GiB are free; give fewer"
+            f"--tokens {tokens:,}: packed, they take {tokens * _BYTES / 2**30:,.1f} GiB of memory, and this machine "
+            f"has {whole_memory() / 2**30:,.1f} GiB; give fewer"
         )
     name, rows = _open(data, text_field, streaming=tokens is not None)
     stream = _Stream(rows, tokenizer, seed=seed, text_field=text_field, name=name, repeat=tokens is not None)
