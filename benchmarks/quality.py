@@ -96,7 +96,8 @@ def with_compiled(recipe: str, settings: Settings, options: argparse.Namespace) 
     """`settings`, and compilation of the stages that gain from it."""
     if recipe == START:
         return settings
-    stages = load(recipe, settings, dataset=options.train, tokens=options.tokens).stages
+    told = [f"{key}={value}" for key, value in settings.items()] + options.set
+    stages = load(recipe, told, dataset=options.train, tokens=options.tokens).stages
     gain = {
         f"stages.{stage.name}.compile": True
         for stage in stages
