@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UsageError, UserError
+from .paths import expanded
 
 # A folder with neither was not made by this package: --overwrite will not delete it.
 _OURS = ("linearize.json", "config.json of a converted model")
@@ -36,7 +37,7 @@ def check_new(out: str | Path, *, overwrite: bool = False, reads: Iterable[objec
         UsageError: `out` exists and `overwrite` is off, or it is something that must not be replaced.
         UserError: its parent cannot be written to.
     """
-    path = Path(os.path.expanduser(out))
+    path = expanded(out)
     if not path.name or path.name == "..":
         raise UsageError(f"-o/--out: {str(out)!r} names no new folder; give it a name, as -o {path / 'student'}")
     if os.path.lexists(path):
@@ -47,7 +48,7 @@ def check_new(out: str | Path, *, overwrite: bool = False, reads: Iterable[objec
         where = path.resolve()
         if where == Path.home() or where in (Path.cwd(), *Path.cwd().parents):
             raise UsageError(f"-o/--out: {path} is the home folder or the one you stand in, and is not overwritten")
-        for source in (Path(os.path.expanduser(read)) for read in reads if isinstance(read, str | Path)):
+        for source in (expanded(read) for read in reads if isinstance(read, str | Path)):
             if os.path.lexists(source) and where in (source.resolve(), *source.resolve().parents):
                 raise UsageError(f"-o/--out: {path} holds {source}, which this reads; choose another name")
         if any(path.iterdir()) and not _is_ours(path):

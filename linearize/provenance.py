@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shlex
 import struct
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from .json_files import read_object
+from .paths import expanded
 from .version import __version__
 
 FILE = "linearize.json"
@@ -50,7 +50,7 @@ def record(
         **facts,
     }
     if parent is not None:
-        path = Path(os.path.expanduser(parent)) if parent_folder is None else parent_folder
+        path = expanded(parent) if parent_folder is None else parent_folder
         made["parent"] = str(parent)
         made |= {} if parent_revision is None else {"parent_revision": parent_revision}
         made["parent_hash"] = parent_hash(path) if path.exists() else None
@@ -128,7 +128,7 @@ def warn_of_another_teacher(student: Any, teacher: Any) -> None:
     names = [each if isinstance(each, str | Path) else getattr(each, "label", None) for each in (student, teacher)]
     if not all(isinstance(name, str | Path) for name in names):
         return
-    folder, path = (Path(os.path.expanduser(str(name))) for name in names)
+    folder, path = (expanded(str(name)) for name in names)
     if file := getattr(teacher, "gguf_file", None):
         path = path / file
     record = (read(folder) if folder.is_dir() else None) or {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, UserError
+from .paths import expanded
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
 MESSAGES = "messages"
@@ -44,7 +44,7 @@ class TextSource:
             config, _, split = rest.partition(":")
             name, _, revision = name.partition("@")
             return cls(spec, name=name, config=config or None, split=split or None, revision=revision or None)
-        files = tuple(Path(os.path.expanduser(part)) for part in parts)
+        files = tuple(expanded(part) for part in parts)
         for file in files:
             _check_file(file, flag)
         return cls(spec, files=files)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from .errors import UsageError, UserError, one_line
 from .gguf_model import gguf_config, gguf_tokenizer, load_gguf
 from .json_files import read_object
 from .load_errors import said_clearly
+from .paths import expanded
 
 DTYPES: dict[str, str | torch.dtype] = {
     **{"auto": "auto", "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16},
@@ -320,7 +320,7 @@ def _remote(src: ModelSource) -> dict[str, Any]:
 
 def _resolve(src: ModelSource) -> _Place:
     """Where the source is. Downloads the file when it is a GGUF on the Hub."""
-    path = Path(os.path.expanduser(src.model))
+    path = expanded(src.model)
     if path.is_dir():
         return _resolve_folder(src, path)
     if path.is_file():
@@ -389,7 +389,7 @@ def read_for(model: Any) -> list[str]:
     name = model.model if isinstance(model, ModelSource) else getattr(model, "name_or_path", model)
     if not isinstance(name, str | Path):
         return []
-    folder = Path(os.path.expanduser(name))
+    folder = expanded(name)
     base = _adapter_base(ModelSource(str(folder)), _Place(str(folder), folder))
     return [str(name)] if base is None else [str(name), base.model]
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError, UserError
+from ..paths import expanded
 from ..provenance import hardware
 from ..provenance import versions as package_versions
 
@@ -73,7 +74,7 @@ def folder(out: str | Path, name: str, *, merge: bool = False, hint: str = "") -
         UsageError: `out` is a file, or it has a `name` already and `merge` is off; `hint` says what else would do.
         UserError: no permission.
     """
-    path = Path(os.path.expanduser(out))
+    path = expanded(out)
     if path.exists() and not path.is_dir():
         raise UsageError(f"-o/--out: {path} is a file; the results are a folder")
     if (path / name).exists() and not merge:

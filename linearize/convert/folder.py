@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..device import chosen_device
 from ..errors import UsageError
 from ..modeling import SOFTMAX
 from ..output import check_new, new_folder, resumed_folder
+from ..paths import expanded
 from ..quantised import dense
 from ..source import (
     ModelSource,
@@ -128,7 +128,7 @@ def convert_folder(
                     write_student(ready, folder, work, seed=seed, max_shard_size=max_shard_size)
                     write_model(ready, folder, work, load_generation_config(source))
                     tokenizer.save_pretrained(folder)
-                    record(folder, made, None if Path(os.path.expanduser(source.model)).exists() else files.name)
+                    record(folder, made, None if expanded(source.model).exists() else files.name)
                 return made
             except NotPlain:  # the proof needs more than lies in the files as it is
                 pass

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError, UserError
+from ..paths import expanded
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 _YAML = (".yaml", ".yml")
@@ -65,7 +65,7 @@ def read_tasks(specs: str | Sequence[str | Task], items: int) -> list[Task]:
 
 
 def _task(part: str, items: int) -> Task:
-    file = Path(os.path.expanduser(part))
+    file = expanded(part)
     if file.is_file():
         if part.endswith(_YAML):
             _need_harness(f"{part} is a task of lm-eval's, which needs")

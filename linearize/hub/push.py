@@ -13,6 +13,7 @@ from typing import Any
 from .. import modeling, public
 from ..errors import UsageError, UserError
 from ..json_files import as_written
+from ..paths import expanded
 from ..version import __version__
 from . import front_matter
 from .card import card, is_generated
@@ -89,7 +90,7 @@ def push(
         UserError: no whole converted model in `out`, no token or one that may not write, no Hub to be reached.
         UsageError: `repo` or `revision` cannot be a name.
     """
-    folder = Path(os.path.expanduser(out))
+    folder = expanded(out)
     _check_names(folder, repo, revision)
     branch = None if revision in (None, "main") else revision
     with as_written(folder):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..paths import expanded
 from ..public import CACHED
 from . import front_matter
 
@@ -43,14 +43,14 @@ def teacher_of(chain: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) ->
     else:
         named = [entry["teacher"] for entry in chain if isinstance(entry.get("teacher"), str)]
         model = str((named or [config["parent_config"].get("_name_or_path")])[0] or "")
-        local, facts = Path(os.path.expanduser(model)).exists(), {"sure": False}
+        local, facts = expanded(model).exists(), {"sure": False}
     if not model:
         return Teacher()
     if cached := CACHED.search(Path(model).as_posix() + "/"):
         return Teacher(**{**facts, **_named(f"{cached['owner']}/{cached['name']}", cached["commit"])})
     if not local and _HUB_ID.fullmatch(model) and not model.startswith("."):
         return Teacher(**{**facts, **_named(model, facts.get("revision"))})
-    folder = Path(os.path.expanduser(model))
+    folder = expanded(model)
     name = folder.name if folder.name not in ("", ".", "..") else folder.resolve().name
     return Teacher(name=name, folder=folder if folder.is_dir() else None, **facts)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from .. import provenance
 from ..errors import UserError
 from ..json_files import read_object
+from ..paths import expanded
 from ..source import ModelSource
 
 # Of a config.json: what says how the model was loaded or saved, not what it is. peft sets pretraining_tp.
@@ -38,7 +38,7 @@ def architecture(folder: Path) -> str:
 
 def identity(source: ModelSource) -> dict[str, Any]:
     """What tells this teacher from another: how it is called and, where it is a local folder or file, its hash."""
-    path = Path(os.path.expanduser(source.model))
+    path = expanded(source.model)
     if source.gguf_file is not None and path.is_dir():
         path = path / source.gguf_file
     return {**source.describe(), "hash": provenance.parent_hash(path) if path.exists() else None}

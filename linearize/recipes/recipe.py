@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import os
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +14,7 @@ import yaml
 
 from ..distill.options import KINDS, FinetuneOptions, TrainOptions
 from ..errors import UsageError
+from ..paths import expanded
 from . import document
 
 FOLDER = Path(__file__).parent
@@ -105,7 +105,7 @@ def find(recipe: str | Path) -> Path:
     names = [file.stem for file in sorted(FOLDER.glob("*.yaml"))]
     if str(recipe) in names:
         return FOLDER / f"{recipe}.yaml"
-    path = Path(os.path.expanduser(recipe))
+    path = expanded(recipe)
     if path.is_file():
         return path
     near = difflib.get_close_matches(str(recipe), names, n=1)

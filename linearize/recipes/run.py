@@ -25,6 +25,7 @@ from ..distill.work import LOG_FILE, RecipeStage
 from ..errors import UsageError, UserError
 from ..json_files import read_lines, read_object
 from ..output import check_new, settle
+from ..paths import expanded
 from ..rows import TextSource
 from ..source import ModelSource, load_model, load_student, load_tokenizer, parse_device, parse_dtype, read_for
 from . import guards
@@ -107,7 +108,7 @@ def run_recipe(
     texts = [stage.dataset for stage in chosen.stages] + [chosen.convert.get("calibrate_on")]
     files = [file for text in texts if text is not None for file in TextSource.parse(text).files]
     reads = (*read_for(source), *files, find(recipe))
-    if resume and not overwrite and "recipe" in (provenance.read(Path(os.path.expanduser(output))) or {}):
+    if resume and not overwrite and "recipe" in (provenance.read(expanded(output)) or {}):
         raise UsageError(f"-o/--out: {output} is whole: its run is complete, and there is nothing to resume")
     out = check_new(output, overwrite=overwrite, reads=reads)
     parse_dtype(dtype)

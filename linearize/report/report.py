@@ -14,6 +14,7 @@ from ..hub.files import collect
 from ..hub.measured import about
 from ..hub.student import student_rows
 from ..json_files import as_written, read_lines, read_object
+from ..paths import expanded
 from . import pictures
 from .page import Section, page
 
@@ -35,7 +36,7 @@ def report(
     Raises:
         UsageError: the file exists. UserError: no converted model there, a file that is no JSON, no matplotlib.
     """
-    folder = Path(os.path.expanduser(folder))
+    folder = expanded(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give the OUT of convert, distill, finetune or run")
     record = provenance.read(folder)
@@ -43,17 +44,13 @@ def report(
         raise UserError(
             f"{folder} has no {provenance.FILE}: give the OUT of linearize convert, distill, finetune or run"
         )
-    target = Path(os.path.expanduser(out)) if out is not None else folder / "report.html"
+    target = expanded(out) if out is not None else folder / "report.html"
     if target.exists() and not overwrite:
         raise UsageError(f"-o/--out: {target} exists; choose another name, or pass --overwrite to replace it")
     if target.is_dir() or not target.parent.is_dir():
         raise UsageError(f"-o/--out: {target} is no file in a folder that is there")
     pictures.require()
-    judged = (
-        _json(Path(os.path.expanduser(evaluation)), named=True)
-        if evaluation is not None
-        else _json(folder / EVALUATION)
-    )
+    judged = _json(expanded(evaluation), named=True) if evaluation is not None else _json(folder / EVALUATION)
     if judged is not None and (judged := about(judged, folder.resolve().name)) is None:
         raise UserError(
             f"--evaluation: {evaluation or EVALUATION} is not what `linearize eval {folder} --json` prints, alone or "
