@@ -87,7 +87,8 @@ def at_rate(recipe: str, settings: Settings, factor: float, options: argparse.Na
     """`settings`, and the learning rate of each stage times `factor`."""
     if factor == 1 or recipe == START:
         return settings
-    stages = load(recipe, settings, dataset=options.train, tokens=options.tokens).stages
+    told = [f"{key}={value}" for key, value in settings.items()] + options.set
+    stages = load(recipe, told, dataset=options.train, tokens=options.tokens).stages
     rates = {f"stages.{stage.name}.learning_rate": stage.options.learning_rate * factor for stage in stages}
     return {**settings, **{name: float(f"{rate:.3g}") for name, rate in rates.items()}}
 

@@ -173,9 +173,9 @@ def recipes(rows: list[Row]) -> list[tuple[str, str, bool]]:
             best[own] = min(row["kl"] for row in found), min(row["recall"] for row in found)
         lines.append(
             (
-                f"ours before the published recipes in KL and in recall, {name}",
+                f"best of ours before the best of the published recipes in KL, and in recall, {name}",
                 f"{best[True][0]:.3f} to {best[False][0]:.3f}, {best[True][1]:.2f} to {best[False][1]:.2f}",
-                best[True] < best[False] and best[True][1] < best[False][1],
+                best[True][0] < best[False][0] and best[True][1] < best[False][1],
             )
         )
     return lines

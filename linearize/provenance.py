@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .errors import UserError
 from .json_files import read_object
 from .paths import expanded
 from .version import __version__
@@ -131,11 +132,15 @@ def warn_of_another_teacher(student: Any, teacher: Any) -> None:
     folder, path = (expanded(str(name)) for name in names)
     if file := getattr(teacher, "gguf_file", None):
         path = path / file
-    record = (read(folder) if folder.is_dir() else None) or {}
-    first: dict[str, Any] = next(
-        (entry for entry in [*record.get("history", []), record] if entry.get("stage") == "convert"), {}
-    )
-    if first.get("parent_hash") and path.exists() and parent_hash(path) != first["parent_hash"]:
+    first: dict[str, Any] = {}
+    try:
+        record = (read(folder) if folder.is_dir() else None) or {}
+        whole = [*record.get("history", []), record]
+        first = next((entry for entry in whole if entry.get("stage") == "convert"), first)
+        other = first.get("parent_hash") and path.exists() and parent_hash(path) != first["parent_hash"]
+    except (UserError, OSError, TypeError, AttributeError):  # who needs the damaged file says so
+        return
+    if other:
         warnings.warn(
             f"{path} is not the checkpoint that {folder} was converted from ({first.get('parent')}): if it is no other "
             "form of the same model, the student is held against another teacher",

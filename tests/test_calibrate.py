@@ -78,7 +78,6 @@ def test_a_head_that_does_the_work_is_chosen():
     assert measure(teacher, ids(2, 24), Wanted(True, 1), window=WINDOW, sinks=1).chosen == [(1, 0), (1, 1)]
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("method", ["gradient", "induction"])
 def test_half_precision_is_scored_in_fp32_on_a_cpu(method):
     """bf16 kernels are several times slower there; the scores are those of the same weights in fp32."""
@@ -112,11 +111,31 @@ def test_widened_tensors_need_memory(monkeypatch):
     model = tiny_teacher(dtype=torch.bfloat16)
     with module.widened(model):
         assert model.dtype == torch.float32
-    monkeypatch.setattr(module, "free_memory", lambda: 1000.0)
-    with module.widened(model):
-        assert model.dtype == torch.bfloat16
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "free_memory", lambda: 1000.0)
+        with module.widened(model):
+            assert model.dtype == torch.bfloat16
+    # the same tensors in two models take their memory once
+    need = sum(2 * parameter.nbytes for parameter in model.parameters()) / 0.6
+    monkeypatch.setattr(module, "free_memory", lambda: 1.1 * need)
+    with module.widened(model, convert(model, "linear", window=WINDOW, share_memory=True)):
+        assert model.dtype == torch.float32
+    # nothing stays widened where memory ends on the way
+    taken, whole = [], torch.Tensor.float
+
+    def end(self):
+        taken.append(self)
+        if len(taken) == 3:
+            raise RuntimeError("out of memory")
+        return whole(self)
+
+    monkeypatch.setattr(torch.Tensor, "float", end)
+    with pytest.raises(RuntimeError, match="out of memory"), module.widened(model):
+        pass
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+@torch.no_grad()
 def test_induction_is_the_attention_to_what_followed():
     teacher, tokens = tiny_teacher(), ids(2, 24)
     found = measure(teacher, tokens, Wanted(False, 2), window=WINDOW, sinks=1, method="induction")

@@ -254,6 +254,25 @@ def test_a_tokenizer_without_an_end(tmp_path):
         pack([{"text": "abc"}], tokenizer, length=2)
 
 
+def test_memory_is_the_containers(tmp_path, monkeypatch):
+    from linearize import memory
+
+    assert 0 < memory.free_memory() <= memory.whole_memory() < float("inf")
+    (tmp_path / "facts").write_text("MemTotal: 99 kB\nMemAvailable:       2048 kB\n")
+    monkeypatch.setattr(memory, "_FACTS", tmp_path / "facts")
+    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
+    assert memory.free_memory() == 2048 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory() == 2048 * 1024
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("300000\n")
+    assert memory.free_memory() == 700000 and memory.whole_memory() == 1000000
+    (tmp_path / "facts").unlink()
+    (tmp_path / "memory.max").unlink()
+    (tmp_path / "memory.current").unlink()
+    assert memory.free_memory() == memory.whole_memory() / 2
+
+
 def test_more_tokens_than_memory_holds_are_refused_at_once():
     with pytest.raises(UserError, match=r"--tokens 100,000,000,000,000: packed, they take 465,661.3 GiB"):
         pack(texts(8), letters(), length=4, tokens=10**14)

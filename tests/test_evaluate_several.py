@@ -174,6 +174,9 @@ def test_another_teacher_than_the_conversions_is_warned_of(tmp_path):
         evaluate_each([student], ModelSource(str(tmp_path / "teacher")), **options)
     with pytest.warns(UserWarning, match="changed is not the checkpoint that .*student was converted from"):
         evaluate_each([student], ModelSource(str(tmp_path / "changed")), **options)
+    for damaged in ('{"history": null}', '{"history": [3]}', "{"):  # nothing that an evaluation needs
+        (tmp_path / "student" / "linearize.json").write_text(damaged)
+        evaluate_each([student], ModelSource(str(tmp_path / "changed")), **options)
 
 
 def test_what_was_asked_for_has_its_columns():

@@ -147,13 +147,10 @@ def test_names_go_to_lm_eval(monkeypatch):
         figures = {"alias": tasks[0], "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.25}
         return {"results": {tasks[0]: figures}, "n-samples": {tasks[0]: {"original": 90, "effective": 7}}}
 
-    modules = {
-        name: ModuleType(name) for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface", "lm_eval.tasks")
-    }
+    modules = {name: ModuleType(name) for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface")}
     modules["lm_eval"].simple_evaluate = simple_evaluate
     modules["lm_eval"].__spec__ = importlib.machinery.ModuleSpec("lm_eval", None)
     modules["lm_eval.models.huggingface"].HFLM = SimpleNamespace
-    modules["lm_eval.tasks"].TaskManager = SimpleNamespace
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     student, teacher = tiny_teacher(), other_teacher()
@@ -178,7 +175,13 @@ def test_names_go_to_lm_eval(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "is no YAML"), ("- task", "names no task"), ("dataset_path: json", "names no task")]
+    ("text", "message"),
+    [
+        ("a: [", "is no YAML"),
+        ("task: a\nversion: 2024-13-01", "is no YAML"),
+        ("- task", "names no task"),
+        ("dataset_path: json", "names no task"),
+    ],
 )
 def test_bad_files_of_lm_evals_kind(tmp_path, monkeypatch, text, message):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
@@ -188,23 +191,24 @@ def test_bad_files_of_lm_evals_kind(tmp_path, monkeypatch, text, message):
 
 
 def test_lm_eval_itself_runs_a_local_task(tmp_path):
-    """The package, on a task in a folder of one's own: the accuracy that our own choices give."""
+    """The package, on a file of one's own though it has a task of that name: the accuracy of our own choices."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'linearize[tasks]'")
     own = write_lines(tmp_path / "own.jsonl", CHOICES)
     (tmp_path / "mine.yaml").write_text(
-        "task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        "task: piqa\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
         f"    test: {own}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{context}}'\ndoc_to_choice: '{{choices}}'\n"
         "doc_to_target: gold\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n"
         "process_docs: !function tools.same\n"
     )
     (tmp_path / "tools.py").write_text("def same(docs):\n    return docs\n")
+    (tmp_path / "another.yaml").write_text("task: piqa\ndataset_path: nowhere\n")
     student, teacher = shake(convert(tiny_teacher(), "gla", window=4)), other_teacher()
     options = {"tokenizer": letters(), "dataset": TEXT, **SMALL, "branches": False}
     found = evaluate(student, teacher, tasks=[f"{tmp_path / 'mine.yaml'}", str(own)], **options)["tasks"]
-    assert found["mine"]["kind"] == "lm-eval" and found["mine"]["metric"] == "acc"
+    assert found["piqa"]["kind"] == "lm-eval" and found["piqa"]["metric"] == "acc"
     for name in ("student", "teacher", "items"):
-        assert found["mine"][name] == pytest.approx(found["own"][name]), name
+        assert found["piqa"][name] == pytest.approx(found["own"][name]), name
 
 
 @pytest.mark.parametrize("items", [CHOICES, QUESTIONS])

@@ -26,18 +26,25 @@ def widened(*models: nn.Module, trained: Collection[nn.Parameter] = ()) -> Itera
     for tensor in chain.from_iterable(chain(model.parameters(), model.buffers()) for model in models):
         if tensor.device.type == "cpu" and tensor.dtype in HALVES:
             held[id(tensor)] = tensor, tensor.data
-    if sum(2 * data.nbytes for _, data in held.values()) > _MOST * free_memory():
+    # tensors that share memory still do: what is trained in one is trained in all
+    sizes = {_place(data): 2 * data.nbytes for _, data in held.values()}
+    if sum(sizes.values()) > _MOST * free_memory():
         held = {}
     wide: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}
-    for tensor, data in held.values():
-        # tensors that share memory still do: what is trained in one is trained in all
-        key = data.data_ptr(), data.shape, data.stride()
-        tensor.data = wide.setdefault(key, data.float())
+    changed = {id(parameter) for parameter in trained}
     try:
+        for tensor, data in held.values():
+            place = _place(data)
+            if place not in wide:
+                wide[place] = data.float()
+            tensor.data = wide[place]
         yield
     finally:
-        changed = {id(parameter) for parameter in trained}
         for name, (tensor, data) in held.items():
             if name in changed:
                 data.copy_(tensor.data)
             tensor.data = data
+
+
+def _place(data: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return data.data_ptr(), data.shape, data.stride()

@@ -36,9 +36,9 @@ def costs_of(folder: Path) -> Costs | None:
         with torch.device("meta"):
             model: Any = LinearizeForCausalLM(config)
             model.to(config.dtype or torch.float32)
+        return costs(model)
     except Exception:  # of any damaged or foreign config: it is told of where the model is loaded
         return None
-    return costs(model)
 
 
 def costs(model: Any) -> Costs:

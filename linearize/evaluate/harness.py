@@ -13,9 +13,9 @@ _METRICS = ("acc", "exact_match", "em", "contains", "f1", "mc2", "bleu", "word_p
 
 
 def run_harness(
-    model: Any, tokenizer: Any, name: str, items: int, batch_size: int, folder: Path | None = None
+    model: Any, tokenizer: Any, name: str, items: int, batch_size: int, file: Path | None = None
 ) -> dict[str, Any]:
-    """One task, of lm-eval's or of the files in `folder`, on the first `items` of its documents: `score`, the `metric`
+    """One task, of lm-eval's or in a `file` of its kind, on the first `items` of its documents: `score`, the `metric`
     that it is, `items`, and `normalised` where lm-eval gives an accuracy by length too.
 
     Raises:
@@ -23,13 +23,11 @@ def run_harness(
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     try:
         found = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=[name],
-            task_manager=None if folder is None else TaskManager(include_path=str(folder)),
+            tasks=[name if file is None else str(file)],  # a name of lm-eval's own is no file's
             limit=items,
             bootstrap_iters=0,
             log_samples=False,

@@ -23,18 +23,18 @@ from ..errors import UsageError, UserError
 from ..paths import expanded
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
-_YAML = (".yaml", ".yml")
+_YAML = ".yaml"
 ANSWERS, CHOICES, HARNESS = "answers", "choices", "lm-eval"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task by name. `rows` are its items, none for one of lm-eval's, which its user's `folder` may hold."""
+    """A task by name. `rows` are its items, none for one of lm-eval's, which may be its user's own `file`."""
 
     name: str
     kind: str
     rows: list[dict[str, Any]]
-    folder: Path | None = None
+    file: Path | None = None
 
 
 def read_tasks(specs: str | Sequence[str | Task], items: int) -> list[Task]:
@@ -69,12 +69,12 @@ def _task(part: str, items: int) -> Task:
     if file.is_file():
         if part.endswith(_YAML):
             _need_harness(f"{part} is a task of lm-eval's, which needs")
-            return Task(_yaml_name(file), HARNESS, [], file.resolve().parent)
+            return Task(_yaml_name(file), HARNESS, [], file.resolve())
         if not part.endswith(SUFFIXES):
-            raise UserError(f"--tasks: {part} is of an unknown kind; there are {', '.join((*SUFFIXES, *_YAML))}")
+            raise UserError(f"--tasks: {part} is of an unknown kind; there are {', '.join((*SUFFIXES, _YAML))}")
         rows = _rows(file, items)
         return Task(file.name.removesuffix(".gz").removesuffix(".jsonl"), _kind(rows[0]) or "", rows)
-    if file.is_dir() or part.endswith((*SUFFIXES, *_YAML)) or part.startswith((".", "/", "~")):
+    if file.is_dir() or part.endswith((*SUFFIXES, _YAML)) or part.startswith((".", "/", "~")):
         raise UserError(f"--tasks: there is no file {part}; check the path")
     _need_harness(f"{part} is no local file, and tasks of the Hub need")
     return Task(part, HARNESS, [])
@@ -96,7 +96,7 @@ def _yaml_name(file: Path) -> str:
     """The name that a task's file, or that of a group, gives to it."""
     try:
         told = yaml.load(file.read_text(encoding="utf-8"), Loader=_Names)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"--tasks: {file} is no YAML that can be read: {' '.join(str(error).split())}") from error
     keys = told if isinstance(told, dict) else {}
     name = next((keys[key] for key in ("task", "group") if isinstance(keys.get(key), str)), None)

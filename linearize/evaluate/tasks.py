@@ -51,7 +51,7 @@ def _run(
 ) -> dict[str, Any]:
     def score(role: str) -> dict[str, Any]:
         if task.kind == HARNESS:
-            return run_harness(models[role], tokenizer, task.name, items, batch_size, task.folder)
+            return run_harness(models[role], tokenizer, task.name, items, batch_size, task.file)
         count = len(task.rows) if task.kind == ANSWERS else sum(len(row["choices"]) for row in task.rows)
         with tqdm(total=count, desc=f"{task.name}, {role}", disable=not progress) as bar:
             if task.kind == CHOICES:

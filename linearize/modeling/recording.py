@@ -43,11 +43,11 @@ def record(function: Callable[[], Any], device: torch.device) -> tuple[Callable[
             except BaseException:
                 with suppress(RuntimeError):  # which says less than what broke it off
                     _end(graph)
-                if graph in _broken:  # the random numbers would wait for a recording that never ends
-                    numbers.graphsafe_set_state(kept)
                 raise
             _end(graph)
     finally:
+        if graph in _broken:  # the random numbers would wait for a recording that never ends
+            numbers.graphsafe_set_state(kept)
         torch.cuda.current_stream(device).wait_stream(stream)
         if collects:
             gc.enable()

@@ -51,12 +51,13 @@ def report(
         raise UsageError(f"-o/--out: {target} is no file in a folder that is there")
     pictures.require()
     judged = _json(expanded(evaluation), named=True) if evaluation is not None else _json(folder / EVALUATION)
-    if judged is not None and (judged := about(judged, folder.resolve().name)) is None:
-        raise UserError(
-            f"--evaluation: {evaluation or EVALUATION} is not what `linearize eval {folder} --json` prints, alone or "
-            "beside other students"
-        )
-    student = _student(folder)
+    with as_written(folder):
+        if judged is not None and (judged := about(judged, folder.resolve().name)) is None:
+            raise UserError(
+                f"--evaluation: {evaluation or EVALUATION} is not what `linearize eval {folder} --json` prints, alone "
+                "or beside other students"
+            )
+        student = _student(folder)
     record, judged = public.record(record), public.record(judged)
     losses = read_lines(folder / LOSSES) if (folder / LOSSES).is_file() else []
     scores, calibration = _json(folder / SCORES), _json(folder / CALIBRATION)

@@ -51,7 +51,11 @@ def family_of(config: PreTrainedConfig) -> Family:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{model_type!r} is an encoder-decoder; linearize converts decoder-only language models")
-    if (text := config.get_text_config()) is not config:
+    try:
+        text = config.get_text_config()
+    except ValueError as error:  # several of them
+        raise UserError(f"{model_type!r} is a model of several parts: {one_line(error, 300)}") from error
+    if text is not config:
         parts = sorted(name for name, part in vars(config).items() if isinstance(part, PreTrainedConfig))
         raise UserError(
             f"{model_type!r} is a model of several parts ({', '.join(parts)}); linearize converts language models that "
