@@ -179,6 +179,7 @@ def test_names_go_to_lm_eval(monkeypatch):
     [
         ("a: [", "is no YAML"),
         ("task: a\nversion: 2024-13-01", "is no YAML"),
+        ("task: !!python/name:os.getcwd", "is no YAML"),
         ("- task", "names no task"),
         ("dataset_path: json", "names no task"),
     ],

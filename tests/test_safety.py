@@ -56,7 +56,7 @@ def code(mark: Path) -> str:
 
 def test_the_package_calls_nothing_that_runs_what_it_reads():
     """No pickles, no eval, no shell, no code of others by default; YAML by safe loaders alone."""
-    loaders = {"_Loader"}  # recipes' own, a SafeLoader
+    loaders = {"_Loader", "_Names"}  # recipes' own and that of lm-eval's task files, both SafeLoaders
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             where = f"{path}:{getattr(node, 'lineno', 0)}"
@@ -75,9 +75,11 @@ def test_the_package_calls_nothing_that_runs_what_it_reads():
             assert called not in ("yaml.load_all", "yaml.unsafe_load", "yaml.full_load"), where
     from yaml import SafeLoader
 
+    from linearize.evaluate.task_files import _Names
     from linearize.recipes.document import _Loader
 
-    assert issubclass(_Loader, SafeLoader)
+    assert issubclass(_Loader, SafeLoader) and issubclass(_Names, SafeLoader)
+    assert "!" not in SafeLoader.yaml_multi_constructors  # what a task's file may hold is its loader's alone
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin", "training_args.bin", "model.pt"])
