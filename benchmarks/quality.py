@@ -83,12 +83,16 @@ def run(words: list[str], log: Path) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+def told(settings: Settings, options: argparse.Namespace) -> list[str]:
+    """KEY=VALUE of a student's settings, and then of those for every student."""
+    return [*(f"{key}={value}" for key, value in settings.items()), *options.set]
+
+
 def at_rate(recipe: str, settings: Settings, factor: float, options: argparse.Namespace) -> Settings:
     """`settings`, and the learning rate of each stage times `factor`."""
     if factor == 1 or recipe == START:
         return settings
-    told = [f"{key}={value}" for key, value in settings.items()] + options.set
-    stages = load(recipe, told, dataset=options.train, tokens=options.tokens).stages
+    stages = load(recipe, told(settings, options), dataset=options.train, tokens=options.tokens).stages
     rates = {f"stages.{stage.name}.learning_rate": stage.options.learning_rate * factor for stage in stages}
     return {**settings, **{name: float(f"{rate:.3g}") for name, rate in rates.items()}}
 
@@ -97,8 +101,7 @@ def with_compiled(recipe: str, settings: Settings, options: argparse.Namespace) 
     """`settings`, and compilation of the stages that gain from it."""
     if recipe == START:
         return settings
-    told = [f"{key}={value}" for key, value in settings.items()] + options.set
-    stages = load(recipe, told, dataset=options.train, tokens=options.tokens).stages
+    stages = load(recipe, told(settings, options), dataset=options.train, tokens=options.tokens).stages
     gain = {
         f"stages.{stage.name}.compile": True
         for stage in stages
@@ -111,8 +114,8 @@ def with_compiled(recipe: str, settings: Settings, options: argparse.Namespace) 
 
 def trained(recipe: str, settings: Settings, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     """A student's folder and what `linearize run --json` said of it. Raises RuntimeError with the error's last line."""
-    told = (f"{key.removeprefix('stages.').removeprefix('convert.')}_{value}" for key, value in settings.items())
-    name = re.sub(r"[^\w.-]+", "", "-".join([recipe, *told]))
+    parts = (f"{key.removeprefix('stages.').removeprefix('convert.')}_{value}" for key, value in settings.items())
+    name = re.sub(r"[^\w.-]+", "", "-".join([recipe, *parts]))
     out, log = options.work / name, options.work / f"{name}.log"
     done = out.with_name(f"{name}.run.json")
     if not done.exists():  # else trained in a run before this one, which was stopped in its evaluation
@@ -122,8 +125,7 @@ def trained(recipe: str, settings: Settings, options: argparse.Namespace) -> tup
         if recipe == START:
             code, text = start(settings, model, out, options, log)
         else:
-            sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-            sets += [word for given in options.set for word in ("--set", given)]
+            sets = [word for given in told(settings, options) for word in ("--set", given)]
             training = ["--dataset", options.train, "--tokens", str(options.tokens), "--resume", "--json"]
             code, text = run(["run", recipe, *model, "-o", str(out), *training, *sets], log)
         if code:
@@ -134,8 +136,7 @@ def trained(recipe: str, settings: Settings, options: argparse.Namespace) -> tup
 
 def start(settings: Settings, model: list[str], out: Path, options: argparse.Namespace, log: Path) -> tuple[int, str]:
     """The conversion that the default recipe begins with; its exit code, and what `run` would tell of it."""
-    told = [*(f"{key}={value}" for key, value in settings.items()), *options.set]
-    convert = load("default", told, dataset=options.train).convert
+    convert = load("default", told(settings, options), dataset=options.train).convert
     words = ["--to", convert["to"], "--window", str(convert["window"]), "--sinks", str(convert["sinks"])]
     for name, value in convert.get("mixer_options", {}).items():
         words += ["--feature-map", str(value)] if name == "feature_map" else ["--mixer-option", f"{name}={value}"]

@@ -150,6 +150,21 @@ def test_lora_is_recorded(teacher, recordings):
     assert len(recordings) == 1
 
 
+def test_a_recording_is_not_taken_for_tracing(teacher, monkeypatch):
+    """Where transformers believes that it traces it makes a mask; a recorded step has none, as a plain one has none."""
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: True)
+    masks, ids = [], torch.arange(3, 35)[None]
+    layer = teacher.model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda *call: masks.append(call[2]["attention_mask"]), with_kwargs=True)
+    try:
+        with graphed.as_recorded():
+            assert not masking_utils.is_tracing()
+            teacher(ids)
+    finally:
+        hook.remove()
+    assert masks == [None] and masking_utils.is_tracing()
+
+
 def test_without_a_gpu_nothing_is_recorded(teacher):
     same(trained(teacher, rows(16), "logits"), trained(teacher, rows(16), "logits", cuda_graph=True))
 
